@@ -1,0 +1,335 @@
+// How a problem is cut into blocks: pure functions of sizes, so that the whole decision can be read
+// from Python and tested for every shape on a machine without a GPU.
+//
+// A slab is what is reduced together: one channel (kChannelsFirst) or a stripe of neighbouring
+// channels (kChannelsLast). A team of blocks owns a slab at a time and keeps it in registers
+// between the statistics and the normalisation, so that x is read from memory once. Inside a slab,
+// data lies at positions; a thread moves one slot, 16 bytes where it can, at one:
+//
+//   kChannelsFirst   position = slot in the channel        N * S / lanes of them, lanes = elements
+//   of a slot kChannelsLast    position = row of the [N*S][C] matrix  `columns` slots side by side,
+//   lanes * columns channels wide
+#pragma once
+
+#include "types.h"
+
+#include <cstdint>
+#include <ostream>
+
+namespace brn {
+
+enum class Pass : std::uint8_t { kForward, kBackward, kInference };
+
+// Tensors of the problem's size that cross the memory bus: the floor that a kernel is measured
+// against.
+constexpr int tensors_moved(Pass pass) { return pass == Pass::kBackward ? 3 : 2; }
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 256;  // of a block, and every kernel's __launch_bounds__
+constexpr int kMinThreads = 64;
+
+// Channels of a slab, at most: what the block's shared reduction records are sized for (8 warps x
+// 128 x 12 bytes = 12 KB).
+constexpr int kMaxSlabChannels = 128;
+
+// Blocks an SM is sure to hold, the second argument of __launch_bounds__. Three keep 8 x 16 bytes a
+// thread at 80 registers without spills; a thread of kChannelsLast also carries the moments of each
+// of its lanes and needs 128. Arithmetic in double takes twice the registers; it is there to be
+// right, not to be fast.
+BRN_HD constexpr int blocks_per_sm(Layout layout, int element_bytes) {
+  if (element_bytes == 8) return 1;
+  return layout == Layout::kChannelsFirst ? 3 : 2;
+}
+
+constexpr std::int64_t resident_blocks(const Problem& p, int sm_count) {
+  return std::int64_t{sm_count} * blocks_per_sm(p.layout, size_of(p.dtype));
+}
+
+// Slots that a thread holds in registers: 128 bytes in all, x alone going forward, x and dy going
+// back, and never more than 16 of them, where unrolling stops paying.
+BRN_HD constexpr int slots_per_thread(Pass pass, int slot_bytes) {
+  const int bytes = pass == Pass::kBackward ? 64 : 128;
+  return bytes / slot_bytes < 16 ? bytes / slot_bytes : 16;
+}
+
+struct Device {
+  int sm_count = 132;
+};
+
+struct Plan {
+  int slot_bytes = 0;      // 16, 8, 4 or 2, a multiple of the element
+  int columns = 1;         // slots side by side across channels; 1 in kChannelsFirst
+  int slots = 0;           // a thread keeps in registers
+  int threads = 0;         // of a block, a power of two
+  int team = 0;            // blocks that share a slab; if several, they meet at a barrier
+  int teams = 0;           // slabs in work at a time
+  int rounds = 0;          // fillings of the registers for one slab; all but the last read twice
+  std::int64_t share = 0;  // positions of a slab that a block owns, the last of a team maybe fewer
+  std::int64_t slabs = 0;  // in all
+
+  BRN_HD constexpr int positions_per_pass() const { return threads / columns; }
+  BRN_HD constexpr std::int64_t positions_per_round() const {
+    return std::int64_t{slots} * positions_per_pass();
+  }
+  constexpr std::int64_t blocks() const { return std::int64_t{team} * teams; }
+  constexpr std::int64_t waves() const { return teams > 0 ? ceil_div(slabs, teams) : 0; }
+
+  friend constexpr bool operator==(const Plan& a, const Plan& b) {
+    return a.slot_bytes == b.slot_bytes && a.columns == b.columns && a.slots == b.slots &&
+           a.threads == b.threads && a.team == b.team && a.teams == b.teams &&
+           a.rounds == b.rounds && a.share == b.share && a.slabs == b.slabs;
+  }
+
+  friend std::ostream& operator<<(std::ostream& os, const Plan& p) {
+    return os << "Plan{.slot_bytes = " << p.slot_bytes << ", .columns = " << p.columns
+              << ", .slots = " << p.slots << ", .threads = " << p.threads << ", .team = " << p.team
+              << ", .teams = " << p.teams << ", .rounds = " << p.rounds << ", .share = " << p.share
+              << ", .slabs = " << p.slabs << "}";
+  }
+};
+
+constexpr int lanes(const Problem& p, const Plan& plan) {
+  return plan.slot_bytes / size_of(p.dtype);
+}
+
+constexpr int slab_channels(const Problem& p, const Plan& plan) {
+  return p.layout == Layout::kChannelsFirst ? 1 : plan.columns * lanes(p, plan);
+}
+
+constexpr std::int64_t positions(const Problem& p, int slot_bytes) {
+  return p.layout == Layout::kChannelsFirst ? p.reduced() / (slot_bytes / size_of(p.dtype))
+                                            : p.reduced();
+}
+
+// How a thread steps from one of its slots to the next, a block's whole pass further on. Computed
+// once on the host, so that the kernels find it in constant memory and spend no registers on it.
+// `plane` counts slots; in kChannelsLast there are none.
+struct Stride {
+  std::int64_t step = 0;   // elements from a slot to the next
+  std::int64_t gap = 0;    // elements more when that leaves the plane: the other channels' planes
+  std::int64_t plane = 1;  // slots of a plane
+  int plane_step = 0;      // slots that a step moves on inside a plane
+  int pass = 0;            // positions that a block covers at once
+  std::int64_t positions = 0;  // of a slab
+};
+
+constexpr Stride stride(const Problem& p, const Plan& plan) {
+  Stride s;
+  s.positions = positions(p, plan.slot_bytes);
+  s.pass = plan.positions_per_pass();
+  if (p.layout == Layout::kChannelsLast) {
+    s.step = s.pass * p.channels;
+    return s;
+  }
+  s.plane = p.spatial / lanes(p, plan);
+  const std::int64_t planes = s.pass / s.plane;
+  s.plane_step = static_cast<int>(s.pass - planes * s.plane);
+  s.step = planes * p.channels * p.spatial + std::int64_t{s.plane_step} * lanes(p, plan);
+  s.gap = (p.channels - 1) * p.spatial;
+  return s;
+}
+
+// Control words of a launch: a line for the ticket of the step counter and the flags, then a line a
+// team for its barrier. A line is 128 bytes, so that polling one does not disturb another.
+constexpr int kLineWords = 32;
+constexpr std::int64_t control_words(int teams) { return std::int64_t{kLineWords} * (1 + teams); }
+
+// Two sets of partial results a team: a fast block may already publish the next slab while a slow
+// one reads this one.
+constexpr std::int64_t partials_bytes(const Problem& p, const Plan& plan) {
+  return plan.team > 1 ? 2 * plan.blocks() * slab_channels(p, plan) * 2 * size_of_statistic(p.dtype)
+                       : 0;
+}
+
+// The moving averages that a launch with skip_nonfinite would leave, until its last block knows
+// whether they count.
+constexpr std::int64_t proposals_bytes(const Problem& p) {
+  return 2 * p.channels * size_of_statistic(p.dtype);
+}
+
+// The widest access, up to 16 bytes, that tiles a row (a plane of a channel, or the channels of a
+// pixel) exactly.
+constexpr int widest_slot(const Problem& p) {
+  const std::int64_t row =
+      (p.layout == Layout::kChannelsFirst ? p.spatial : p.channels) * size_of(p.dtype);
+  int bytes = 16;
+  while (bytes > size_of(p.dtype) && (row % bytes != 0 || p.alignment % bytes != 0)) bytes /= 2;
+  return bytes;
+}
+
+// Expected time in microseconds, to compare plans by. A model of an H200, not a measurement; see
+// estimate() for its terms.
+constexpr double estimate(const Problem& p, const Plan& plan, const Device& device, Pass pass) {
+  constexpr double kCopy = 4.3e6;  // bytes per us, read and written, whole chip
+  constexpr double kCopyOfOneSm =
+      6.0e4;                         // bytes per us that one SM can draw when the others are idle
+  constexpr double kLook2 = 5.5e6;   // bytes per us out of L2
+  constexpr double kL2Reach = 28e6;  // bytes of a re-read that still hit in L2
+  constexpr double kLaunch = 2.0;    // us, fixed cost of a kernel in a graph
+  constexpr double kSlabLatency = 1.3;  // us: first load, block reduction, last store
+  constexpr double kBarrier = 1.5;      // us: publish, arrive, poll, merge
+
+  const double bytes = static_cast<double>(p.elements()) * size_of(p.dtype);
+  const double busy =
+      static_cast<double>(plan.blocks() < device.sm_count ? plan.blocks() : device.sm_count);
+  const double chip = kCopy * device.sm_count / 132.0;
+  double speed = busy * kCopyOfOneSm < chip ? busy * kCopyOfOneSm : chip;
+  // DRAM is filled in half-lines: 32-byte pieces reach half the bandwidth, 64-byte pieces 0.93 of
+  // it.
+  const int width = p.layout == Layout::kChannelsFirst ? 256 : plan.columns * plan.slot_bytes;
+  speed *= width >= 256   ? 0.98
+           : width >= 128 ? 0.95
+           : width >= 64  ? 0.91
+           : width >= 32  ? 0.5
+                          : 0.25;
+
+  const double read = pass == Pass::kBackward ? 2.0 * bytes : bytes;
+  const double again = plan.rounds > 1 ? read * (plan.rounds - 1) / plan.rounds : 0.0;
+  const double in_flight = read * plan.teams / static_cast<double>(plan.slabs);
+  const double last_wave =
+      static_cast<double>(plan.waves()) * plan.teams / static_cast<double>(plan.slabs);
+  const double stream =
+      (tensors_moved(pass) * bytes / speed + again / (in_flight > kL2Reach ? speed : kLook2)) *
+      last_wave;
+
+  if (plan.team == 1 || pass == Pass::kInference) return kLaunch + kSlabLatency + stream;
+  const double waves = static_cast<double>(plan.waves());
+  const double cycle = stream / waves;
+  const double exposed =
+      kSlabLatency + kBarrier + cycle / blocks_per_sm(p.layout, size_of(p.dtype));
+  return kLaunch + waves * (cycle > exposed ? cycle : exposed);
+}
+
+// Completes a choice of slot, columns, threads and team size.
+constexpr Plan cut(const Problem& p, const Device& device, Plan plan) {
+  const std::int64_t total = positions(p, plan.slot_bytes);
+  const std::int64_t resident = resident_blocks(p, device.sm_count);
+  plan.slabs = ceil_div(p.channels, slab_channels(p, plan));
+  plan.share = ceil_div(total, plan.team);
+  plan.team = static_cast<int>(ceil_div(total, plan.share));  // no block is empty
+  plan.rounds = static_cast<int>(ceil_div(plan.share, plan.positions_per_round()));
+  if (plan.team == 1) {
+    plan.teams = static_cast<int>(
+        plan.slabs);  // nobody waits: the hardware's own block scheduler is the best one
+  } else {
+    const std::int64_t fit = resident / plan.team < plan.slabs ? resident / plan.team : plan.slabs;
+    plan.teams = static_cast<int>(
+        ceil_div(plan.slabs, ceil_div(plan.slabs, fit)));  // as few waves, evenly filled
+  }
+  return plan;
+}
+
+constexpr int power_of_two_from(std::int64_t n, int least, int most) {
+  int power = least;
+  while (power < n && power < most) power *= 2;
+  return power;
+}
+
+// The fewest threads that hold `total` positions in their slots; each channel of the slab needs a
+// thread to finish it.
+constexpr int fewest_threads(const Problem& p, const Plan& plan, std::int64_t total) {
+  const int channels = slab_channels(p, plan);
+  return power_of_two_from(ceil_div(total, plan.slots) * plan.columns,
+                           channels < kMinThreads ? kMinThreads : channels, kMaxThreads);
+}
+
+// The best team for one width of slab. Small teams first: a barrier is paid only for data that does
+// not fit one block, or to give idle SMs work.
+constexpr Plan plan_width(const Problem& p, const Device& device, Pass pass, int slot_bytes,
+                          int columns) {
+  const std::int64_t resident = resident_blocks(p, device.sm_count);
+  const std::int64_t total = positions(p, slot_bytes);
+
+  Plan plan;
+  plan.slot_bytes = slot_bytes;
+  plan.columns = columns;
+  plan.slots = slots_per_thread(pass, slot_bytes);
+  plan.threads = kMaxThreads;
+  plan.team = 1;
+  const std::int64_t slabs = ceil_div(p.channels, slab_channels(p, plan));
+
+  if (total <= plan.positions_per_round()) {
+    // The slab fits one block. As few threads as hold it, more where the chip would stand idle.
+    plan.threads = fewest_threads(p, plan, total);
+    while (plan.threads < kMaxThreads &&
+           slabs * plan.threads < std::int64_t{device.sm_count} * 1024 &&
+           total * columns > plan.threads) {
+      plan.threads *= 2;
+    }
+  }
+
+  Plan best = cut(p, device, plan);
+  double best_time = estimate(p, best, device, pass);
+  const std::int64_t most =
+      slabs > 1 && resident >= 4 ? resident / 2 : resident;  // two teams: one loads while one waits
+  const std::int64_t fills =
+      ceil_div(total, plan.positions_per_round());  // a team that holds the whole slab
+  const std::int64_t spreads = resident / slabs;    // all slabs at once
+  for (const std::int64_t wanted : {fills, spreads, most}) {
+    const std::int64_t useful = ceil_div(total, plan.positions_per_pass());
+    std::int64_t team = wanted < most ? wanted : most;
+    team = team < useful ? team : useful;
+    if (team < 2) continue;
+    plan.team = static_cast<int>(team);
+    plan.threads = kMaxThreads;
+    const Plan candidate = cut(p, device, plan);
+    const double time = estimate(p, candidate, device, pass);
+    if (time < best_time) {
+      best = candidate;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+constexpr Plan plan_team(const Problem& p, const Device& device, Pass pass) {
+  const int slot_bytes = widest_slot(p);
+  if (p.layout == Layout::kChannelsFirst) return plan_width(p, device, pass, slot_bytes, 1);
+
+  const int lanes = slot_bytes / size_of(p.dtype);
+  Plan best;
+  double best_time = 0.0;
+  for (int columns = 1; columns <= kWarp && columns * lanes <= kMaxSlabChannels; columns *= 2) {
+    const Plan candidate = plan_width(p, device, pass, slot_bytes, columns);
+    const double time = estimate(p, candidate, device, pass);
+    if (best.team == 0 || time < best_time) {
+      best = candidate;
+      best_time = time;
+    }
+    if (std::int64_t{columns} * lanes >= p.channels) break;
+  }
+  return best;
+}
+
+constexpr Plan plan_forward(const Problem& p, const Device& device) {
+  return plan_team(p, device, Pass::kForward);
+}
+constexpr Plan plan_backward(const Problem& p, const Device& device) {
+  return plan_team(p, device, Pass::kBackward);
+}
+
+// No statistics, so no team has to be resident at once: one round a block, as many blocks as that
+// takes.
+constexpr Plan plan_inference(const Problem& p, const Device&) {
+  Plan plan;
+  plan.slot_bytes = widest_slot(p);
+  plan.slots = slots_per_thread(Pass::kInference, plan.slot_bytes);
+  plan.threads = kMaxThreads;
+  if (p.layout == Layout::kChannelsLast) {
+    const int lanes = plan.slot_bytes / size_of(p.dtype);
+    while (plan.columns < kWarp && plan.columns * lanes < p.channels &&
+           plan.columns * 2 * lanes <= kMaxSlabChannels) {
+      plan.columns *= 2;
+    }
+  }
+  const std::int64_t total = positions(p, plan.slot_bytes);
+  plan.threads = fewest_threads(p, plan, total);
+  plan.slabs = ceil_div(p.channels, slab_channels(p, plan));
+  plan.teams = static_cast<int>(plan.slabs);
+  plan.team = static_cast<int>(ceil_div(total, plan.positions_per_round()));
+  plan.share = plan.positions_per_round();
+  plan.rounds = 1;
+  return plan;
+}
+
+}  // namespace brn

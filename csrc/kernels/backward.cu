@@ -1,0 +1,205 @@
+// Backward pass in one launch:
+//
+//   for each slab of its team, a block
+//     - reads its share of x and dy once, into registers, and takes sum(dy), sum(dy * (x - mean))
+//     - meets the other blocks of the team, if any, and adds all their sums in rank order
+//     - projects dy onto the null space of 1 and x_norm and writes dx
+//   the first block of the team writes dweight and dbias
+//
+// 2 reads + 1 write is the floor, and it is met as long as a slab of both tensors fits the
+// registers of a team (plan.rounds == 1). Otherwise all rounds but the last are read again, newest
+// first.
+#include "barrier.cuh"
+#include "launch.cuh"
+#include "launch.h"
+#include "reduce.cuh"
+#include "slab.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+namespace {
+
+// The channel's mean, as the difference that keeps its precision: x - mean = (x - pivot) - offset.
+template <typename Real>
+struct Centre {
+  Real pivot;
+  Real offset;
+};
+
+template <typename Real>
+__device__ __forceinline__ Centre<Real> centre_of(const BackwardParams& params, const Problem& p,
+                                                  int c) {
+  if (!params.stats) return {static_cast<const Real*>(params.running_mean)[c], Real(0)};
+  const Real* row = static_cast<const Real*>(params.stats) + c;
+  return {row[0], row[p.channels]};
+}
+
+template <typename Real>
+__device__ __forceinline__ ChannelStats<Real> stats_of(const BackwardParams& params,
+                                                       const Problem& p, int c) {
+  if (!params.stats) {
+    return inference_stats<Real>({static_cast<const Real*>(params.running_mean)[c],
+                                  static_cast<const Real*>(params.running_std)[c]});
+  }
+  const Real* row = static_cast<const Real*>(params.stats) + c;
+  return {row[0], row[p.channels], row[2 * p.channels], row[3 * p.channels], row[4 * p.channels]};
+}
+
+template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels>
+__device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
+    typename Slot::Bits (&x_tile)[kSlots], typename Slot::Bits (&dy_tile)[kSlots],
+    const Centre<Real> (&centre)[kChannels]) {
+  SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
+#pragma unroll
+  for (int v = 0; v < kSlots; ++v) {  // a slot that does not exist holds dy = 0 and adds nothing
+    keep_packed(x_tile[v]);
+    keep_packed(dy_tile[v]);
+    Real x[Slot::kLanes];
+    Real dy[Slot::kLanes];
+    Slot::unpack(x_tile[v], x);
+    Slot::unpack(dy_tile[v], dy);
+    SumsOf<Real, kChannels> slot = SumsOf<Real, kChannels>::empty();
+#pragma unroll
+    for (int i = 0; i < Slot::kLanes; ++i) {
+      const int k = channel_of<kLayout>(i);
+      slot.g[k] += dy[i];
+      slot.gx[k] += dy[i] * ((x[i] - centre[k].pivot) - centre[k].offset);
+    }
+    sums.merge(slot);
+  }
+  return sums;
+}
+
+// What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
+// records in the same order.
+template <typename Real>
+__device__ __forceinline__ Sums<Real> team_sums(Sums<Real> mine, const Plan& plan, int channels,
+                                                int team, int rank, int parity,
+                                                const Workspace& workspace, Sums<Real>* records) {
+  const Partials<Real> partials(workspace, plan, channels, team, parity);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < channels) partials.publish(rank, thread, mine.g, mine.gx);
+  team_barrier(barrier_line(workspace, team), plan.team, rank);
+
+  SumsOf<Real, 1> part = SumsOf<Real, 1>::empty();
+  for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {
+    SumsOf<Real, 1> other;
+    partials.read(r, thread % channels, other.g[0], other.gx[0]);
+    part.merge(other);
+  }
+  return block_merge(part, channels, plan.threads, records);
+}
+
+template <typename T, Layout kLayout, int kSlotBytes>
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
+    backward_kernel(Problem p, Plan plan, Stride stride, BackwardParams params,
+                    Workspace workspace) {
+  using Slot = brn::Slot<T, kSlotBytes>;
+  using Real = RealOf<T>;
+  constexpr int kSlots = slots_per_thread(Pass::kBackward, kSlotBytes);
+  constexpr int kChannels = kThreadChannels<Slot, kLayout>;
+  constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
+  __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
+  __shared__ Projection<Real> projections[kSlab];
+
+  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int channels = plan.columns * kChannels;
+
+  int parity = 0;
+  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
+    const int channel0 = slab * channels;
+    const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
+    const bool in_range = kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels;
+    const bool finishes =
+        thread < channels && channel0 + thread < p.channels;  // a channel, once its sums are known
+    const std::int64_t slab_offset =
+        kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+    const T* x = static_cast<const T*>(params.x) + slab_offset;
+    const T* dy = static_cast<const T*>(params.dy) + slab_offset;
+    T* dx = static_cast<T*>(params.dx) + slab_offset;
+
+    Centre<Real> centre[kChannels];
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k)
+      centre[k] = centre_of<Real>(params, p, in_range ? channel0 + mine + k : channel0);
+
+    typename Slot::Bits x_tile[kSlots];
+    typename Slot::Bits dy_tile[kSlots];
+    SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
+    for (int round = 0; round < plan.rounds; ++round) {
+      const int left = in_range ? walk.left(round) : 0;
+      Cursor cursor = walk.begin(p, round);
+      if (round + 1 < plan.rounds) {
+        load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, left, cursor, walk);
+      } else {
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
+      }
+      sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
+    }
+
+    Sums<Real> total = block_merge(sums, plan.columns, plan.threads, records);
+    if (plan.team > 1)
+      total =
+          team_sums(total, plan, channels, walk.team(), walk.rank(), parity, workspace, records);
+    if (finishes) {
+      const int c = channel0 + thread;
+      const ChannelStats<Real> stats = stats_of<Real>(params, p, c);
+      const Real weight = load_channel(params.weight, c, Real(1));
+      projections[thread] =
+          projection(total, static_cast<Real>(p.reduced()), stats, weight, params.stats != nullptr);
+      if (walk.rank() == 0) {
+        static_cast<Real*>(params.dweight)[c] = weight_gradient(total, stats);
+        static_cast<Real*>(params.dbias)[c] = total.g;
+      }
+    }
+    __syncthreads();
+
+    Projection<Real> projected[kChannels];
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) projected[k] = projections[mine + k];
+    for (int round = plan.rounds - 1; round >= 0; --round) {
+      const int left = in_range ? walk.left(round) : 0;
+      Cursor cursor = walk.begin(p, round);
+      forget_the_way(cursor);
+      if (round + 1 < plan.rounds) {
+        Cursor again = cursor;
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, again, walk);
+      }
+#pragma unroll
+      for (int v = 0; v < kSlots; ++v) {
+        if (walk.has(v, left)) {
+          keep_packed(x_tile[v]);
+          keep_packed(dy_tile[v]);
+          Real value[Slot::kLanes];
+          Real g[Slot::kLanes];
+          Slot::unpack(x_tile[v], value);
+          Slot::unpack(dy_tile[v], g);
+#pragma unroll
+          for (int i = 0; i < Slot::kLanes; ++i) {
+            const int k = channel_of<kLayout>(i);
+            value[i] = apply(projected[k], g[i], (value[i] - centre[k].pivot) - centre[k].offset);
+          }
+          Slot::store(dx + cursor.offset, value);
+        }
+        walk.advance(cursor);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int launch_backward(const Problem& p, const Plan& plan, const BackwardParams& params,
+                    const Workspace& workspace, cudaStream_t stream) {
+  return dispatch(p, plan, [&](auto variant) {
+    using V = decltype(variant);
+    return launch(backward_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, plan.team > 1,
+                  stream, p, plan, stride(p, plan), params, workspace);
+  });
+}
+
+}  // namespace brn

@@ -1,0 +1,109 @@
+// How blocks of one launch meet: the team barrier, the exchange of partial results, the ticket that
+// finds the last block. Nothing here is ever reset by a memset or by the host: every launch leaves
+// the control words as it found them, zero.
+#pragma once
+
+#include "../core/math.h"
+#include "../core/plan.h"
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+#if defined(__CUDACC__)
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+#else
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+#endif
+}
+
+// acq_rel: what this block wrote before is visible to whoever sees the new value, and the other way
+// round.
+__device__ __forceinline__ unsigned add_acq_rel(unsigned* p, unsigned value) {
+#if defined(__CUDACC__)
+  unsigned old;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(p), "r"(value)
+               : "memory");
+  return old;
+#else
+  return atomicAdd(p, value);
+#endif
+}
+
+// Waits until all `team` blocks have come. Together they add exactly 2^31: bit 31 flips when the
+// last one arrives and the lower bits are zero again, so the next use, of this launch or of any
+// other, starts from a clean count.
+__device__ __forceinline__ void team_barrier(unsigned* line, int team, int rank) {
+  constexpr unsigned kFlip = 0x80000000u;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned old =
+        add_acq_rel(line, rank == 0 ? kFlip - static_cast<unsigned>(team - 1) : 1u);
+    while (((old ^ load_acquire(line)) & kFlip) == 0) __nanosleep(20);
+  }
+  __syncthreads();
+}
+
+// The control words: see control_words().
+__device__ __forceinline__ unsigned* ticket_word(const Workspace& w) { return w.control; }
+__device__ __forceinline__ unsigned* nonfinite_word(const Workspace& w) { return w.control + 1; }
+__device__ __forceinline__ unsigned* barrier_line(const Workspace& w, int team) {
+  return w.control + kLineWords * (1 + team);
+}
+
+// True for the last block of the grid to ask. The count wraps to zero with it. Called by one thread
+// of each block, once, behind a block barrier that follows whatever the last block relies on.
+__device__ __forceinline__ bool take_ticket(const Workspace& w) {
+  const unsigned last = gridDim.x - 1;
+#if defined(__CUDACC__)
+  unsigned old;
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(ticket_word(w)), "r"(last)
+               : "memory");
+  return old == last;
+#else
+  return atomicInc(ticket_word(w), last) == last;
+#endif
+}
+
+// One set of partial results, [team][channels of the slab]. Two sets a team, used in turn: a fast
+// block may already publish its part of the next slab while a slow one still reads this one.
+template <typename Real>
+class Partials {
+ public:
+  __device__ __forceinline__ Partials(const Workspace& w, const Plan& plan, int channels, int team,
+                                      int parity)
+      : pairs_(static_cast<Real*>(w.partials) +
+               2 * std::int64_t{channels} * plan.team * (2 * std::int64_t{team} + parity)),
+        channels_(channels) {}
+
+  __device__ __forceinline__ void publish(int rank, int channel, Real first, Real second) const {
+    Real* pair = at(rank, channel);
+    pair[0] = first;
+    pair[1] = second;
+  }
+
+  // From L2: the L1 may hold what an earlier slab left there.
+  __device__ __forceinline__ void read(int rank, int channel, Real& first, Real& second) const {
+    const Real* pair = at(rank, channel);
+    first = __ldcg(pair);
+    second = __ldcg(pair + 1);
+  }
+
+ private:
+  __device__ __forceinline__ Real* at(int rank, int channel) const {
+    return pairs_ + 2 * (std::int64_t{rank} * channels_ + channel);
+  }
+
+  Real* pairs_;
+  int channels_;
+};
+
+}  // namespace brn

@@ -1,0 +1,325 @@
+// Training-mode forward pass in one launch:
+//
+//   for each slab of its team, a block
+//     - reads its share of x once, into registers, and takes their moments around the pivot
+//     - meets the other blocks of the team, if any, and merges all their moments in rank order
+//     - computes r and d; the first block of the team moves the running statistics
+//     - normalises what its registers still hold and writes y
+//
+// 1 read + 1 write of x is the floor, and it is met as long as a slab fits the registers of a team
+// (plan.rounds == 1). Otherwise all rounds but the last are read again, newest first, so that L2
+// still has as much of them as it can hold.
+#include "barrier.cuh"
+#include "launch.cuh"
+#include "launch.h"
+#include "reduce.cuh"
+#include "slab.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+namespace {
+
+// Values that a thread's sums are taken around: the mean of its first slot. Equal values give
+// exactly themselves, because they are added pairwise.
+template <typename Slot, Layout kLayout, typename Real, int kChannels>
+__device__ __forceinline__ void centre_of(const typename Slot::Bits& first,
+                                          Real (&centre)[kChannels]) {
+  Real x[Slot::kLanes];
+  Slot::unpack(first, x);
+#pragma unroll
+  for (int width = Slot::kLanes / 2; width >= kChannels; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) centre[k] = x[k] * (Real(kChannels) / Real(Slot::kLanes));
+}
+
+// Moments of a tile about its own centre, in one pass: sums of delta = x - centre and of its
+// square, with m2 = sum(delta^2) - sum(delta)^2 / count. Unlike in E[x^2] - E[x]^2 that difference
+// cannot cancel: the centre is the mean of one of the tile's slots, so sum(delta)^2 / count, which
+// is count * (centre - mean)^2, is at most (slots of the tile) * m2: 8 m2, 16 with narrow slots. A
+// second pass over the registers would be worse: the compiler keeps the first one's deltas for it,
+// 200 bytes of spills (ptxas, sm_90).
+template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels, typename Walk>
+__device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
+    typename Slot::Bits (&tile)[kSlots], int left, const Walk& walk,
+    const Real (&pivot)[kChannels]) {
+  Real centre[kChannels];
+  centre_of<Slot, kLayout>(tile[0], centre);
+
+  MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
+  int count = 0;
+#pragma unroll
+  for (int v = 0; v < kSlots; ++v) {
+    const bool exists = walk.has(v, left);
+    count += exists ? Slot::kLanes / kChannels : 0;
+    keep_packed(tile[v]);
+    Real x[Slot::kLanes];
+    Slot::unpack(tile[v], x);
+    Real sum[kChannels] = {};
+    Real squares[kChannels] = {};
+#pragma unroll
+    for (int i = 0; i < Slot::kLanes; ++i) {
+      const int k = channel_of<kLayout>(i);
+      const Real delta = x[i] - centre[k];
+      sum[k] += delta;
+      squares[k] += delta * delta;
+    }
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      moments.mean[k] += exists ? sum[k] : Real(0);
+      moments.m2[k] += exists ? squares[k] : Real(0);
+    }
+  }
+
+  moments.count = static_cast<Real>(count);
+  const Real share = count > 0 ? Real(1) / moments.count : Real(0);
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    const Real mean = moments.mean[k] * share;
+    const Real m2 = moments.m2[k] - moments.mean[k] * mean;
+    moments.m2[k] = m2 < Real(0) ? Real(0) : m2;  // NaN stays
+    moments.mean[k] = count > 0 ? (centre[k] - pivot[k]) + mean : Real(0);
+  }
+  return moments;
+}
+
+// What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
+// records in the same order.
+template <typename Real>
+__device__ __forceinline__ Moments<Real> team_moments(Moments<Real> mine, const Plan& plan,
+                                                      std::int64_t positions, int lanes,
+                                                      int channels, int team, int rank, int parity,
+                                                      const Workspace& workspace,
+                                                      Moments<Real>* records) {
+  const Partials<Real> partials(workspace, plan, channels, team, parity);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);
+  team_barrier(barrier_line(workspace, team), plan.team, rank);
+
+  MomentsOf<Real, 1> part = MomentsOf<Real, 1>::empty();
+  for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {
+    const std::int64_t left = positions - r * plan.share;
+    MomentsOf<Real, 1> other;
+    other.count = static_cast<Real>((left < plan.share ? left : plan.share) * lanes);
+    partials.read(r, thread % channels, other.mean[0], other.m2[0]);
+    part.merge(other);
+  }
+  return block_merge(part, channels, plan.threads, records);
+}
+
+// What the schedule and the counter say of this batch, before the counter moves.
+template <typename Real>
+struct Step {
+  Limits<Real> limits;
+  Real momentum;
+};
+
+__device__ __forceinline__ std::int64_t step_count(const ForwardParams& params) {
+  return params.num_batches_tracked ? *params.num_batches_tracked : 0;
+}
+
+template <typename Real>
+__device__ __forceinline__ Step<Real> step_of(const ForwardParams& params) {
+  const std::int64_t count = step_count(params);
+  const Real momentum = averaging_weight<Real>(params.momentum, count);
+  if (const double* s = params.schedule)
+    return {limits_at<Real>({s[0], s[1], s[2], s[3], s[4]}, count), momentum};
+  return {{static_cast<Real>(params.limits.r_max), static_cast<Real>(params.limits.d_max)},
+          momentum};
+}
+
+// What a channel brings to Algorithm 1. Read before the team meets: the first block moves the
+// running statistics after that, and a block that came late would see the moved ones.
+template <typename Real>
+struct ChannelState {
+  Real pivot;
+  Real weight;
+  Real bias;
+  Running<Real> running;
+};
+
+template <typename Real>
+__device__ __forceinline__ ChannelState<Real> channel_state(const ForwardParams& params, int c,
+                                                            Real pivot) {
+  return {pivot,
+          load_channel(params.weight, c, Real(1)),
+          load_channel(params.bias, c, Real(0)),
+          {load_channel(params.running_mean, c, Real(0)),
+           load_channel(params.running_std, c, Real(1))}};
+}
+
+template <typename Real>
+__device__ __forceinline__ void write_stats(const ForwardParams& params, const Problem& p, int c,
+                                            ChannelStats<Real> s) {
+  Real* row = static_cast<Real*>(params.stats) + c;
+  row[0 * p.channels] = s.pivot;
+  row[1 * p.channels] = s.offset;
+  row[2 * p.channels] = s.inv_std;
+  row[3 * p.channels] = s.r;
+  row[4 * p.channels] = s.d;
+}
+
+// With skip_nonfinite the averages wait as a proposal until the whole batch is known to be finite.
+template <typename Real>
+__device__ __forceinline__ void move_running(const ForwardParams& params, const Problem& p,
+                                             const Workspace& workspace, int c,
+                                             Moments<Real> moments, const ChannelState<Real>& state,
+                                             Real momentum) {
+  if (params.running_mean) {
+    const Running<Real> next =
+        moved(state.running, moments, state.pivot, static_cast<Real>(params.epsilon), momentum);
+    Real* mean =
+        static_cast<Real*>(params.skip_nonfinite ? workspace.proposals : params.running_mean);
+    Real* std = params.skip_nonfinite ? mean + p.channels : static_cast<Real*>(params.running_std);
+    mean[c] = next.mean;
+    std[c] = next.std;
+  }
+  if (params.skip_nonfinite && !(isfinite(moments.mean) && isfinite(moments.m2)))
+    atomicOr(nonfinite_word(workspace), 1u);
+}
+
+// skip_nonfinite: the last block of the grid takes over the proposals and counts the step, if every
+// channel was finite.
+template <typename Real>
+__device__ __forceinline__ void commit_if_finite(const ForwardParams& params, const Problem& p,
+                                                 const Plan& plan, const Workspace& workspace) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) last = take_ticket(workspace);
+  __syncthreads();
+  if (!last) return;
+  const bool finite = __ldcg(nonfinite_word(workspace)) == 0;
+  __syncthreads();
+  if (threadIdx.x == 0) *nonfinite_word(workspace) = 0;
+  if (!finite) return;
+  if (threadIdx.x == 0 && params.num_batches_tracked) *params.num_batches_tracked += 1;
+  if (!params.running_mean) return;
+  const Real* proposed = static_cast<const Real*>(workspace.proposals);
+  for (std::int64_t c = threadIdx.x; c < p.channels; c += plan.threads) {
+    static_cast<Real*>(params.running_mean)[c] = __ldcg(proposed + c);
+    static_cast<Real*>(params.running_std)[c] = __ldcg(proposed + p.channels + c);
+  }
+}
+
+template <typename T, Layout kLayout, int kSlotBytes>
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
+    forward_kernel(Problem p, Plan plan, Stride stride, ForwardParams params, Workspace workspace) {
+  using Slot = brn::Slot<T, kSlotBytes>;
+  using Real = RealOf<T>;
+  constexpr int kSlots = slots_per_thread(Pass::kForward, kSlotBytes);
+  constexpr int kChannels = kThreadChannels<Slot, kLayout>;
+  constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
+  __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
+  __shared__ ChannelState<Real> states[kSlab];
+  __shared__ Affine<Real> affines[kSlab];
+  __shared__ Step<Real> step;
+
+  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int channels = plan.columns * kChannels;
+  const bool counts = params.num_batches_tracked && !params.skip_nonfinite;
+  bool counts_last = false;
+  if (thread == 0) step = step_of<Real>(params);
+
+  int parity = 0;
+  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
+    const int channel0 = slab * channels;
+    const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
+    const bool in_range = kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels;
+    const bool finishes = thread < channels &&
+                          channel0 + thread < p.channels;  // a channel, once its moments are known
+    const std::int64_t slab_offset =
+        kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+    const T* x = static_cast<const T*>(params.x) + slab_offset;
+    T* y = static_cast<T*>(params.y) + slab_offset;
+
+    Real pivot[kChannels];
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) pivot[k] = load_element(x + (in_range ? mine + k : 0));
+
+    typename Slot::Bits tile[kSlots];
+    MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
+    for (int round = 0; round < plan.rounds; ++round) {
+      const int left = in_range ? walk.left(round) : 0;
+      Cursor cursor = walk.begin(p, round);
+      if (round + 1 < plan.rounds) {
+        load_tile<Slot, Reuse::kAgain>(tile, x, left, cursor, walk);
+      } else {
+        load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
+      }
+      if (round == 0 && finishes) {
+        const int own = kLayout == Layout::kChannelsFirst ? 0 : thread;
+        states[thread] = channel_state(params, channel0 + thread, load_element(x + own));
+      }
+      moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
+    }
+
+    Moments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
+    // The block has read the counter. The answer is not needed before the end, so nobody waits for
+    // it.
+    if (counts && slab == walk.team() && thread == 0) counts_last = take_ticket(workspace);
+    if (plan.team > 1) {
+      total = team_moments(total, plan, stride.positions, Slot::kLanes / kChannels, channels,
+                           walk.team(), walk.rank(), parity, workspace, records);
+    }
+    if (finishes) {
+      const ChannelState<Real> state = states[thread];
+      total.count = static_cast<Real>(p.reduced());
+      const ChannelStats<Real> stats = channel_stats(
+          total, state.pivot, static_cast<Real>(params.epsilon), state.running, step.limits);
+      affines[thread] = training_affine(stats, state.weight, state.bias);
+      if (walk.rank() == 0) {
+        write_stats(params, p, channel0 + thread, stats);
+        move_running(params, p, workspace, channel0 + thread, total, state, step.momentum);
+      }
+    }
+    __syncthreads();
+
+    Affine<Real> affine[kChannels];
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) affine[k] = affines[mine + k];
+    for (int round = plan.rounds - 1; round >= 0; --round) {
+      const int left = in_range ? walk.left(round) : 0;
+      Cursor cursor = walk.begin(p, round);
+      forget_the_way(cursor);
+      if (round + 1 < plan.rounds) {
+        Cursor again = cursor;
+        load_tile<Slot, Reuse::kOnce>(tile, x, left, again, walk);
+      }
+#pragma unroll
+      for (int v = 0; v < kSlots; ++v) {
+        if (walk.has(v, left)) {
+          keep_packed(tile[v]);
+          Real value[Slot::kLanes];
+          Slot::unpack(tile[v], value);
+#pragma unroll
+          for (int i = 0; i < Slot::kLanes; ++i)
+            value[i] = apply(affine[channel_of<kLayout>(i)], value[i]);
+          Slot::store(y + cursor.offset, value);
+        }
+        walk.advance(cursor);
+      }
+    }
+  }
+
+  if (counts_last) *params.num_batches_tracked = step_count(params) + 1;
+  if (params.skip_nonfinite) commit_if_finite<Real>(params, p, plan, workspace);
+}
+
+}  // namespace
+
+int launch_forward(const Problem& p, const Plan& plan, const ForwardParams& params,
+                   const Workspace& workspace, cudaStream_t stream) {
+  return dispatch(p, plan, [&](auto variant) {
+    using V = decltype(variant);
+    return launch(forward_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, plan.team > 1,
+                  stream, p, plan, stride(p, plan), params, workspace);
+  });
+}
+
+}  // namespace brn

@@ -1,0 +1,88 @@
+// y = (x - centre) * scale + shift in one launch: 1 read + 1 write, the floor. Blocks never meet:
+// `team` is only the number of blocks that a slab is cut into, one round each.
+//
+// The constants come from the running statistics (inference), or from the statistics of an earlier
+// training forward, which is then repeated without taking them again (activation checkpointing).
+#include "launch.cuh"
+#include "launch.h"
+#include "slab.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+namespace {
+
+template <typename Real>
+__device__ __forceinline__ Affine<Real> affine_of(const InferenceParams& params, const Problem& p,
+                                                  int c) {
+  const Real weight = load_channel(params.weight, c, Real(1));
+  const Real bias = load_channel(params.bias, c, Real(0));
+  if (!params.stats) {
+    return inference_affine<Real>({static_cast<const Real*>(params.running_mean)[c],
+                                   static_cast<const Real*>(params.running_std)[c]},
+                                  weight, bias);
+  }
+  const Real* row = static_cast<const Real*>(params.stats) + c;
+  const ChannelStats<Real> stats = {row[0], row[p.channels], row[2 * p.channels],
+                                    row[3 * p.channels], row[4 * p.channels]};
+  return training_affine(stats, weight, bias);
+}
+
+template <typename T, Layout kLayout, int kSlotBytes>
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
+    inference_kernel(Problem p, Plan plan, Stride stride, InferenceParams params) {
+  using Slot = brn::Slot<T, kSlotBytes>;
+  using Real = RealOf<T>;
+  constexpr int kSlots = slots_per_thread(Pass::kInference, kSlotBytes);
+  constexpr int kChannels = kThreadChannels<Slot, kLayout>;
+
+  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const int channel0 = walk.team() * plan.columns * kChannels;
+  const int mine = walk.column() * kChannels;
+  if (channel0 + mine >= p.channels) return;
+  const std::int64_t slab_offset =
+      kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+  const T* x = static_cast<const T*>(params.x) + slab_offset;
+  T* y = static_cast<T*>(params.y) + slab_offset;
+
+  const int left = walk.left(0);
+  const Cursor first = walk.begin(p, 0);
+  Cursor cursor = first;
+  typename Slot::Bits tile[kSlots];
+  load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
+
+  Affine<Real> affine[kChannels];
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) affine[k] = affine_of<Real>(params, p, channel0 + mine + k);
+
+  cursor = first;
+  forget_the_way(cursor);
+#pragma unroll
+  for (int v = 0; v < kSlots; ++v) {
+    if (walk.has(v, left)) {
+      keep_packed(tile[v]);
+      Real value[Slot::kLanes];
+      Slot::unpack(tile[v], value);
+#pragma unroll
+      for (int i = 0; i < Slot::kLanes; ++i)
+        value[i] = apply(affine[channel_of<kLayout>(i)], value[i]);
+      Slot::store(y + cursor.offset, value);
+    }
+    walk.advance(cursor);
+  }
+}
+
+}  // namespace
+
+int launch_inference(const Problem& p, const Plan& plan, const InferenceParams& params,
+                     cudaStream_t stream) {
+  return dispatch(p, plan, [&](auto variant) {
+    using V = decltype(variant);
+    return launch(inference_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, false, stream,
+                  p, plan, stride(p, plan), params);
+  });
+}
+
+}  // namespace brn

@@ -1,0 +1,83 @@
+// From a plan to a kernel: the choice of instantiation and the launch itself, the same for the
+// three passes.
+#pragma once
+
+#include "launch.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace brn {
+
+// What a kernel is compiled for.
+template <typename T_, Layout kLayout_, int kSlotBytes_>
+struct Variant {
+  using T = T_;
+  static constexpr Layout kLayout = kLayout_;
+  static constexpr int kSlotBytes = kSlotBytes_;
+};
+
+template <typename T, Layout kLayout, typename Run>
+cudaError_t dispatch_slot(int slot_bytes, Run run) {
+  switch (slot_bytes) {
+    case 16:
+      return run(Variant<T, kLayout, 16>{});
+    case 8:
+      return run(Variant<T, kLayout, 8>{});
+    case 4:
+      if constexpr (sizeof(T) <= 4) return run(Variant<T, kLayout, 4>{});
+      break;
+    case 2:
+      if constexpr (sizeof(T) <= 2) return run(Variant<T, kLayout, 2>{});
+      break;
+    default:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <Layout kLayout, typename Run>
+cudaError_t dispatch_dtype(DType dtype, int slot_bytes, Run run) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return dispatch_slot<float, kLayout>(slot_bytes, run);
+    case DType::kFloat16:
+      return dispatch_slot<__half, kLayout>(slot_bytes, run);
+    case DType::kBFloat16:
+      return dispatch_slot<__nv_bfloat16, kLayout>(slot_bytes, run);
+    case DType::kFloat64:
+      return dispatch_slot<double, kLayout>(slot_bytes, run);
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Calls run(Variant{}) with the variant that the plan names.
+template <typename Run>
+cudaError_t dispatch(const Problem& p, const Plan& plan, Run run) {
+  return p.layout == Layout::kChannelsFirst
+             ? dispatch_dtype<Layout::kChannelsFirst>(p.dtype, plan.slot_bytes, run)
+             : dispatch_dtype<Layout::kChannelsLast>(p.dtype, plan.slot_bytes, run);
+}
+
+// cudaLaunchKernelEx rather than <<<...>>>: an ordinary C++ call, which tests/simt can stand in
+// for. Blocks that wait for one another must all be resident at once, which only a cooperative
+// launch promises: without it two such kernels on two streams can each hold the SMs that the other
+// waits for.
+template <typename... Expected, typename... Actual>
+cudaError_t launch(void (*kernel)(Expected...), const Plan& plan, bool cooperative,
+                   cudaStream_t stream, const Actual&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks()));
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace brn

@@ -1,0 +1,82 @@
+// The seam between bindings and kernels: parameter packs and launchers, for CUDA and (the packs)
+// for the CPU. Pointers are untyped here and typed again behind the launcher, so that this header
+// needs neither CUDA nor Torch.
+//
+// T is the dtype of the problem; Real is float, and double for double tensors.
+#pragma once
+
+#include "../core/math.h"
+#include "../core/plan.h"
+#include "../core/types.h"
+
+#include <cstdint>
+
+struct CUstream_st;  // cudaStream_t, forward-declared as in driver_types.h
+
+namespace brn {
+
+// Memory that blocks of one launch meet in. Two launches that may overlap must not share one; the
+// CPU needs none.
+struct Workspace {
+  // control_words(plan.teams) words, zero before their first use ever; every launch leaves them
+  // zero. Needed by teams of more than one block, and to count steps.
+  unsigned* control = nullptr;
+  void* partials = nullptr;   // partials_bytes() in any state; may be null where that is 0
+  void* proposals = nullptr;  // proposals_bytes() in any state; needed with skip_nonfinite
+};
+
+// y, statistics, r and d, moving averages and step counter of a training step.
+struct ForwardParams {
+  const void* x = nullptr;       // T, as the problem's layout says
+  void* y = nullptr;             // as x
+  const void* weight = nullptr;  // Real [C], or null: 1
+  const void* bias = nullptr;    // Real [C], or null: 0
+
+  // Updated in place; both null: r = 1, d = 0.
+  void* running_mean = nullptr;  // Real [C]
+  void* running_std = nullptr;   // Real [C]
+
+  // The limits of r and d: of the schedule at *num_batches_tracked, or, without one, fixed.
+  std::int64_t* num_batches_tracked = nullptr;  // [1], incremented; null: steps are not counted
+  const double* schedule = nullptr;             // [5], a Schedule, or null
+  Limits<double> limits = {1.0, 0.0};
+
+  void* stats = nullptr;        // Real [kStatRows][C], written: rows as ChannelStats
+  double momentum = 0.01;       // kCumulative: 1 / (*num_batches_tracked + 1)
+  double epsilon = 1e-5;        // inside the root
+  bool skip_nonfinite = false;  // a NaN or inf in x leaves moving averages and counter alone
+};
+
+// y = weight * (x_norm * r + d) + bias with the statistics at hand: inference with the moving ones,
+// or a training step repeated with its own.
+struct InferenceParams {
+  const void* x = nullptr;             // T
+  void* y = nullptr;                   // T
+  const void* weight = nullptr;        // Real [C], or null: 1
+  const void* bias = nullptr;          // Real [C], or null: 0
+  const void* stats = nullptr;         // Real [kStatRows][C] of a training step; null: inference
+  const void* running_mean = nullptr;  // Real [C], for inference
+  const void* running_std = nullptr;   // Real [C], for inference
+};
+
+struct BackwardParams {
+  const void* dy = nullptr;            // T
+  const void* x = nullptr;             // T
+  void* dx = nullptr;                  // T
+  const void* weight = nullptr;        // Real [C], or null: 1
+  const void* stats = nullptr;         // Real [kStatRows][C] of a training step; null: inference
+  const void* running_mean = nullptr;  // Real [C], for inference
+  const void* running_std = nullptr;   // Real [C], for inference
+  void* dweight = nullptr;             // Real [C], written
+  void* dbias = nullptr;               // Real [C], written
+};
+
+// One kernel launch each. The plan is the one that plan_forward, plan_backward or plan_inference
+// makes for the problem. Return a cudaError_t as int: cudaSuccess (0), or the error of the launch.
+int launch_forward(const Problem&, const Plan&, const ForwardParams&, const Workspace&,
+                   CUstream_st* stream);
+int launch_backward(const Problem&, const Plan&, const BackwardParams&, const Workspace&,
+                    CUstream_st* stream);
+int launch_inference(const Problem&, const Plan&, const InferenceParams&, CUstream_st* stream);
+
+}  // namespace brn

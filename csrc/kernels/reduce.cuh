@@ -1,0 +1,127 @@
+// Deterministic reductions over a block: which value meets which depends on the plan alone, never
+// on timing.
+//
+// What is reduced is, for each of the thread's channels, a Moments (forward) or a Sums (backward).
+// Threads whose index is equal modulo `columns` hold the same channels.
+#pragma once
+
+#include "../core/math.h"
+#include "../core/plan.h"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Moments of all channels of a thread. They share one count, so a merge divides once for all of
+// them.
+template <typename Real, int kChannels>
+struct MomentsOf {
+  using Record = Moments<Real>;
+  static constexpr int kSize = kChannels;
+  Real count;
+  Real mean[kChannels];
+  Real m2[kChannels];
+
+  __device__ __forceinline__ static MomentsOf empty() {
+    MomentsOf m;
+    m.count = Real(0);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) m.mean[k] = m.m2[k] = Real(0);
+    return m;
+  }
+  __device__ __forceinline__ Record get(int k) const { return {count, mean[k], m2[k]}; }
+
+  // brn::merge, channel by channel.
+  __device__ __forceinline__ void merge(const MomentsOf& other) {
+    const Real total = count + other.count;
+    const Real weight = total > Real(0) ? other.count / total : Real(0);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      const Real delta = other.mean[k] - mean[k];
+      mean[k] += delta * weight;
+      m2[k] += other.m2[k] + delta * delta * count * weight;
+    }
+    count = total;
+  }
+
+  __device__ __forceinline__ MomentsOf from_lane_below(int distance) const {
+    MomentsOf m;
+    m.count = __shfl_down_sync(kAllLanes, count, distance);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      m.mean[k] = __shfl_down_sync(kAllLanes, mean[k], distance);
+      m.m2[k] = __shfl_down_sync(kAllLanes, m2[k], distance);
+    }
+    return m;
+  }
+};
+
+template <typename Real, int kChannels>
+struct SumsOf {
+  using Record = Sums<Real>;
+  static constexpr int kSize = kChannels;
+  Real g[kChannels];
+  Real gx[kChannels];
+
+  __device__ __forceinline__ static SumsOf empty() {
+    SumsOf s;
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) s.g[k] = s.gx[k] = Real(0);
+    return s;
+  }
+  __device__ __forceinline__ Record get(int k) const { return {g[k], gx[k]}; }
+
+  __device__ __forceinline__ void merge(const SumsOf& other) {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      g[k] += other.g[k];
+      gx[k] += other.gx[k];
+    }
+  }
+
+  __device__ __forceinline__ SumsOf from_lane_below(int distance) const {
+    SumsOf s;
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      s.g[k] = __shfl_down_sync(kAllLanes, g[k], distance);
+      s.gx[k] = __shfl_down_sync(kAllLanes, gx[k], distance);
+    }
+    return s;
+  }
+};
+
+// Returns, in thread c < columns * kSize, what all threads together hold of the slab's channel c.
+// Between two calls, and before `records` is used otherwise, the block has to meet at a barrier.
+// `records` has one place a channel of the slab for each group of threads that reduces by itself
+// first: a warp, or `columns` threads where those are more.
+template <typename Values>
+__device__ __forceinline__ typename Values::Record block_merge(Values values, int columns,
+                                                               int threads,
+                                                               typename Values::Record* records) {
+  for (int distance = kWarp / 2; distance >= columns; distance /= 2)
+    values.merge(values.from_lane_below(distance));
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int group_size = columns < kWarp ? kWarp : columns;
+  const int group = thread / group_size;
+  const int member = thread - group * group_size;
+  const int channels = columns * Values::kSize;
+  if (member < columns) {
+#pragma unroll
+    for (int k = 0; k < Values::kSize; ++k)
+      records[group * channels + member * Values::kSize + k] = values.get(k);
+  }
+  __syncthreads();
+
+  typename Values::Record total{};
+  if (thread < channels) {
+    total = records[thread];
+    for (int g = 1; g < threads / group_size; ++g)
+      total = merge(total, records[g * channels + thread]);
+  }
+  return total;
+}
+
+}  // namespace brn
