@@ -127,6 +127,7 @@ template <typename Real>
 __device__ __forceinline__ Step<Real> step_of(const ForwardParams& params) {
   const std::int64_t count = step_count(params);
   const Real momentum = averaging_weight<Real>(params.momentum, count);
+  if (!params.running_mean) return {{Real(1), Real(0)}, momentum};  // no history to correct towards
   if (const double* s = params.schedule)
     return {limits_at<Real>({s[0], s[1], s[2], s[3], s[4]}, count), momentum};
   return {{static_cast<Real>(params.limits.r_max), static_cast<Real>(params.limits.d_max)},
