@@ -1,0 +1,90 @@
+// The sweeps: what is compiled once per instruction set and chosen when the process starts.
+//
+// isa_baseline.cpp, isa_avx2.cpp and isa_avx512.cpp each compile sweeps.h for their instructions and return a table of it.
+// Everything else (cutting, merging, Algorithm 1, threads) is compiled once, for the baseline.
+#pragma once
+
+#include "../core/math.h"
+#include "../core/types.h"
+#include "element.h"
+
+#include <cstdint>
+
+namespace brn::cpu {
+
+// Channels of a slab, at most: the size of arrays on the stack.
+constexpr int kMaxWidth = 512;
+
+// A stretch [begin, end) of the positions of one slab; see slabs.h.
+struct Part {
+  Layout layout;
+  std::int64_t channel;  // the slab's first
+  std::int64_t width;    // channels of the slab; 1 in kChannelsFirst
+  std::int64_t first;    // element of its first channel at position 0
+  std::int64_t plane;    // kChannelsFirst: positions that lie together, S
+  std::int64_t stride;   // elements from plane to plane (kChannelsFirst) or from row to row (kChannelsLast)
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+// Parameters of `width` channels, as a struct of arrays.
+template <typename Real>
+using Affines = Affine<const Real*>;
+template <typename Real>
+using Projections = Projection<const Real*>;
+template <typename Real>
+struct Centres {
+  const Real* pivot;
+  const Real* offset;
+};
+
+template <typename T>
+struct Sweeps {
+  using Real = RealOf<T>;
+  // pivot[width]: x of each channel at the slab's position 0.
+  void (*pivots)(const Part&, const T* x, Real* pivot);
+  // mean[width], m2[width] of x - pivot over the part.
+  void (*moments)(const Part&, const T* x, const Real* pivot, Real* mean, Real* m2);
+  // g[width], gx[width]: sums of dy and of dy * (x - mean) over the part.
+  void (*sums)(const Part&, const T* dy, const T* x, const Centres<Real>&, double* g, double* gx);
+  // y = apply(affine, x) over the part.
+  void (*normalise)(const Part&, const T* x, const Affines<Real>&, T* y);
+  // dx = apply(projection, dy, x - mean) over the part.
+  void (*project)(const Part&, const T* dy, const T* x, const Centres<Real>&, const Projections<Real>&, T* dx);
+};
+
+struct Isa {
+  const char* name;
+  Sweeps<float> float32;
+  Sweeps<double> float64;
+  Sweeps<Half> float16;
+  Sweeps<BFloat16> bfloat16;
+};
+
+const Isa& isa_baseline();  // what the compiler may assume everywhere: SSE2 on x86-64, NEON on aarch64
+const Isa& isa_avx2();      // with FMA; x86-64 only
+const Isa& isa_avx512();    // F, BW, DQ, VL; x86-64 only
+
+// The best that this processor has, or what ATEN_CPU_CAPABILITY (default, avx2, avx512) says, as for Torch's own kernels.
+const Isa& isa();
+
+template <typename T>
+const Sweeps<T>& sweeps();
+template <>
+inline const Sweeps<float>& sweeps<float>() {
+  return isa().float32;
+}
+template <>
+inline const Sweeps<double>& sweeps<double>() {
+  return isa().float64;
+}
+template <>
+inline const Sweeps<Half>& sweeps<Half>() {
+  return isa().float16;
+}
+template <>
+inline const Sweeps<BFloat16>& sweeps<BFloat16>() {
+  return isa().bfloat16;
+}
+
+}  // namespace brn::cpu
