@@ -1,0 +1,60 @@
+"""What Python may ask about the build and about a launch. Importing it registers torch.ops.batchrenorm."""
+
+from typing import Literal, TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    torch: str  # it was built against
+    compiler: str
+    cuda: bool
+    nvcc: str  # "" without CUDA
+    architectures: list[str]  # "9.0", "12.0+PTX"
+
+def build_info() -> BuildInfo: ...
+
+class Plan:
+    """How one pass is cut into blocks; csrc/core/plan.h explains the fields."""
+
+    slot_bytes: int
+    columns: int
+    slots: int
+    threads: int
+    team: int
+    teams: int
+    rounds: int
+    share: int
+    slabs: int
+
+    blocks: int
+    waves: int
+    positions_per_pass: int
+    positions_per_round: int
+    lanes: int
+    slab_channels: int
+    positions: int
+    control_words: int
+    partials_bytes: int
+    proposals_bytes: int
+
+    sm_count: int
+    resident_blocks: int
+    bytes_moved: int
+    microseconds: float
+
+def plan(
+    pass_: Literal["forward", "backward", "inference"],
+    batch: int,
+    channels: int,
+    spatial: int,
+    *,
+    layout: Literal["channels_first", "channels_last"] = "channels_first",
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32",
+    sm_count: int = 132,
+    alignment: int = 16,
+) -> Plan: ...
+
+MAX_THREADS: int
+MIN_THREADS: int
+MAX_SLAB_CHANNELS: int
+LINE_WORDS: int
+STAT_ROWS: int

@@ -1,0 +1,100 @@
+// The operators on CUDA: guard, plan, allocate, launch.
+#include "operators.h"
+#include "workspace.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <cuda_runtime.h>
+
+// Weak: a CPU-only torch has no such function, and the CPU operators must load there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
+
+namespace brn::binding {
+namespace {
+
+cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  require(aoti_torch_get_current_cuda_stream != nullptr, "x is on ", DeviceOf{x}, ", but this torch has no CUDA");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+Tensor new_bytes(const Tensor& x, std::int64_t bytes) {
+  const std::array<std::int64_t, 1> shape{bytes};
+  return torch::stable::new_empty(x, shape, ScalarType::Byte);
+}
+
+void check_launch(cudaError_t error, const char* pass) {
+  if (error == cudaErrorNoKernelImageForDevice) {
+    cudaGetLastError();
+    require(false, "batchrenorm_cuda: no ", pass,
+            " kernel was built for this GPU. Build again with TORCH_CUDA_ARCH_LIST set to its compute capability "
+            "(`python -m batchrenorm_cuda doctor` prints the command)");
+  }
+  check_cuda(error, pass);
+}
+
+// Launches what `run(plan, workspace)` launches, on fewer SMs if the device does not hold all the blocks at once: another
+// process may hold a part of it (MPS), or the stream may be given a part of it only (green contexts).
+template <typename Planner, typename Run>
+void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream_t stream, bool counts, bool proposes,
+                 Planner planner, Run run) {
+  DeviceState& state = device_state(x.get_device_index());
+  std::optional<Tensor> proposals, partials;
+  Workspace workspace;
+  if (proposes) {
+    proposals = new_bytes(x, proposals_bytes(p));
+    workspace.proposals = proposals->mutable_data_ptr();
+  }
+  cudaError_t error = cudaErrorUnknown;
+  for (Device device{state.sm_count}; device.sm_count > 0; device.sm_count /= 2) {
+    const Plan plan = planner(p, device);
+    if (const std::int64_t bytes = partials_bytes(p, plan)) {
+      partials = new_bytes(x, bytes);
+      workspace.partials = partials->mutable_data_ptr();
+    }
+    if (counts || plan.team > 1) workspace.control = state.control.slot(stream, state.sm_count);
+    error = static_cast<cudaError_t>(run(plan, workspace));
+    if (error != cudaErrorCooperativeLaunchTooLarge) break;
+    cudaGetLastError();
+  }
+  check_launch(error, pass);
+}
+
+// The dispatcher comes here if any tensor is on a GPU, x or not.
+std::int32_t gpu_of(const Tensor& x) {
+  require(x.is_cuda(), "x must be on the device of the other tensors, a GPU, got ", DeviceOf{x});
+  return x.get_device_index();
+}
+
+struct Cuda {
+  // The dispatcher does not make a tensor's device current.
+  struct Guard : torch::stable::accelerator::DeviceGuard {
+    explicit Guard(const Tensor& x) : DeviceGuard(gpu_of(x)) {}
+  };
+
+  static void forward(const Problem& p, const ForwardParams& params, const Tensor& x) {
+    const cudaStream_t stream = current_stream(x);
+    launch_team("forward", p, x, stream, params.num_batches_tracked || params.skip_nonfinite, params.skip_nonfinite,
+                plan_forward,
+                [&](const Plan& plan, const Workspace& w) { return launch_forward(p, plan, params, w, stream); });
+  }
+
+  static void backward(const Problem& p, const BackwardParams& params, const Tensor& x) {
+    const cudaStream_t stream = current_stream(x);
+    launch_team("backward", p, x, stream, false, false, plan_backward,
+                [&](const Plan& plan, const Workspace& w) { return launch_backward(p, plan, params, w, stream); });
+  }
+
+  static void inference(const Problem& p, const InferenceParams& params, const Tensor& x) {
+    const Device device{device_state(x.get_device_index()).sm_count};
+    const int error = launch_inference(p, plan_inference(p, device), params, current_stream(x));
+    check_launch(static_cast<cudaError_t>(error), "inference");
+  }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(batchrenorm, CUDA, m) { add_operators<Cuda>(m); }
+
+}  // namespace
+}  // namespace brn::binding

@@ -1,0 +1,149 @@
+"""Builds batchrenorm_cuda._C, one extension module, for whatever torch and CUDA toolkit are there.
+
+BATCHRENORM_CUDA=0/1   without / with the CUDA kernels; unset: with them if a toolkit is found
+CUDA_HOME              the toolkit; unset: CUDA_PATH, nvcc on PATH, /usr/local/cuda, pip's packages
+TORCH_CUDA_ARCH_LIST   as in "8.0;9.0+PTX"; unset: the visible GPUs, else ARCHITECTURES
+MAX_JOBS, CXX          compilers at a time, and which one; unset: one a core, c++
+
+The kernels compile against a CPU-only torch too, and one build runs on every torch from 2.11 on.
+"""
+
+import os
+import re
+import runpy
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import call, getoutput
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+BINDING = ["csrc/binding/schema.cpp", "csrc/binding/cpu.cpp", "csrc/binding/introspection.cpp"]
+CPU = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/inference.cpp"]
+CPU += ["csrc/cpu/isa.cpp", "csrc/cpu/isa_baseline.cpp"]
+CPU += ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp"]
+KERNELS = ["csrc/kernels/forward.cu", "csrc/kernels/backward.cu", "csrc/kernels/inference.cu"]
+CUDA, NO_CUDA = ["csrc/binding/cuda.cpp", *KERNELS], ["csrc/binding/no_cuda.cpp"]
+
+NINJA = """
+cpp = {cxx} -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {include} $
+      -DTORCH_TARGET_VERSION=0x020b000000000000
+cu = {cuda}/bin/nvcc -ccbin {cxx} -std=c++17 -O3 -lineinfo {gencode} --threads {threads} $
+      -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden
+rule compile
+  command = $compiler $defines -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $in
+rule link
+  command = {cxx} -shared $in -o $out {libraries} -Wl,--exclude-libs,ALL
+  description = $out
+"""
+
+
+def find_torch() -> tuple[Path, str, str | None]:
+    """Root, version and CUDA version of torch, read without importing it, which takes seconds."""
+    spec, about = find_spec("torch"), {"__version__": "none"}
+    if spec is not None and spec.origin is not None:
+        about = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    version = about["__version__"]
+    if [int(n) for n in re.findall(r"\d+", version)[:2]] < [2, 11]:
+        sys.exit(f"error: needs torch 2.11 or newer to compile against, found {version}. Run\n"
+                 "  pip install -U torch ninja && pip install --no-build-isolation .")  # fmt: skip
+    return Path(spec.origin).parent, version, about["cuda"]
+
+
+def find_toolkits() -> Iterator[tuple[Path, str]]:
+    """Root and version of every CUDA toolkit: nvcc with headers beside it (it may be a wrapper)."""
+    nvcc, nvidia = shutil.which("nvcc"), find_spec("nvidia")
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    roots += [nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    for packages in (nvidia and nvidia.submodule_search_locations) or []:
+        roots += sorted(Path(packages).glob("cu[0-9]*"))
+    for root in map(Path, filter(None, roots)):
+        release = re.search(r"release ([\d.]+)", getoutput(f"'{root}/bin/nvcc' --version"))
+        if release and (root / "include/cuda_runtime_api.h").is_file():
+            yield root, release[1]
+
+
+def choose_toolkit(torch_version: str, torch_cuda: str | None) -> tuple[Path | None, str, str]:
+    """Root and version of the toolkit to build with, or None; and why."""
+    if (requested := os.environ.get("BATCHRENORM_CUDA")) == "0":
+        return None, "", "BATCHRENORM_CUDA=0"
+    toolkits = list(find_toolkits())
+    if not toolkits:
+        if requested:
+            sys.exit("error: BATCHRENORM_CUDA=1, but no toolkit is found. Set CUDA_HOME to one.")
+        return None, "", "no CUDA toolkit found; to use one, set CUDA_HOME and build again"
+    for root, version in toolkits:
+        if torch_cuda is None or version.split(".")[0] == torch_cuda.split(".")[0]:
+            return root, version, f"nvcc {version} in {root}"
+    root, version = toolkits[0]
+    index = f"https://download.pytorch.org/whl/cu{version.replace('.', '')}"
+    sys.exit(f"error: torch {torch_version} is for CUDA {torch_cuda}, {root} is {version}. One of\n"
+             f"  pip install torch --index-url {index}\n  export BATCHRENORM_CUDA=0\n"
+             f"  export CUDA_HOME=...   # a toolkit {torch_cuda.split('.')[0]}.x")  # fmt: skip
+
+
+def choose_architectures(nvcc: Path) -> tuple[list[str], str]:
+    if (listed := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ")) not in ("", "native"):
+        wanted = re.split(r"[;, ]+", listed)
+        if wrong := [a for a in wanted if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", a)]:
+            sys.exit(f"error: TORCH_CUDA_ARCH_LIST must look like 8.0;9.0+PTX, got {wrong[0]!r}")
+        return wanted, "TORCH_CUDA_ARCH_LIST"
+    listing = getoutput(f"'{nvcc}' --list-gpu-arch")
+    known = [f"{a}.{b}" for a, b in re.findall(r"compute_(\d+)(\d)\b", listing)]
+    seen = getoutput("nvidia-smi --query-gpu=compute_cap --format=csv,noheader")
+    if gpus := set(re.findall(r"^\d+\.\d$", seen, re.M)):
+        newer = [] if gpus <= set(known) else [known[-1] + "+PTX"]  # than nvcc: through PTX
+        return sorted(gpus & set(known)) + newer, "the visible GPUs"
+    return [a for a in ARCHITECTURES if a.split("+")[0] in known], "no GPU visible"
+
+
+def gencode(arch: str) -> str:
+    name, _, ptx = arch.replace(".", "").partition("+")
+    return f"'-gencode=arch=compute_{name},code=[sm_{name}{f',compute_{name}' if ptx else ''}]'"
+
+
+class Build(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch, torch_version, torch_cuda = find_torch()
+        cuda, nvcc, why = choose_toolkit(torch_version, torch_cuda)
+        arches, seen = choose_architectures(cuda / "bin/nvcc") if cuda else ([], "")
+        what = f"CPU and CUDA kernels for {';'.join(arches)} ({seen}; " if cuda else "CPU kernels ("
+        print(f"batchrenorm_cuda: {what}{why}), against torch {torch_version}", flush=True)
+        include = f"-isystem {torch}/include -isystem {sysconfig.get_path('include')}"
+        libraries = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu"
+        if cuda:  # the static runtime: torch may have none, or another minor version
+            include += f" -isystem {cuda}/include"
+            libraries += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -ldl -lpthread"
+        jobs, cxx = int(os.environ.get("MAX_JOBS") or os.cpu_count()), os.environ.get("CXX", "c++")
+        text = NINJA.format(cxx=cxx, include=include, libraries=libraries, cuda=cuda,
+                            gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
+        out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}")
+        about = f"-DBRN_VERSION={self.distribution.get_version()} -DBRN_TORCH={torch_version}"
+        about += f" -DBRN_NVCC={nvcc} -DBRN_ARCHITECTURES={','.join(arches)}"
+        sources = BINDING + CPU + (CUDA if cuda else NO_CUDA)
+        for source in sources:
+            text += f"build {out}/{source}.o: compile {source}\n"
+            text += f"  compiler = ${source.rpartition('.')[2]}\n"
+            text += f"  defines = {about if 'introspection' in source else ''}\n"
+        text += f"build {out}/_C.so: link {' '.join(f'{out}/{source}.o' for source in sources)}\n"
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "build.ninja").write_text(text)
+        if find_spec("ninja") is None:
+            sys.exit("error: needs ninja to build. Run\n  pip install ninja")
+        if call([sys.executable, "-m", "ninja", f"-j{jobs}", f"-f{out}/build.ninja"]):
+            sys.exit("error: the build failed; the first error is above")
+        target = self.get_ext_fullpath(ext.name)
+        self.mkpath(os.path.dirname(target))
+        shutil.copy(out / "_C.so", target)
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("batchrenorm_cuda._C", [])], cmdclass={"build_ext": Build})

@@ -1,0 +1,243 @@
+"""setup.py: what it decides, what it says when it cannot, and that it does no work twice."""
+
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchrenorm_cuda import _C, __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """setup.py as a module, in an environment that asks for nothing."""
+    for name in ("BATCHRENORM_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(path: Path, prints: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\nprintf '{prints}'\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def toolkit(root: Path, version: str, headers: bool = True) -> Path:
+    command(root / "bin/nvcc", rf"release {version}, V{version}.48\n")
+    if headers:
+        (root / "include").mkdir(parents=True)
+        (root / "include/cuda_runtime_api.h").touch()
+    return root
+
+
+def test_setup_py_stays_short():
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 150
+
+
+def test_sources_are_those_in_the_tree(setup_py):
+    listed = setup_py.BINDING + setup_py.CPU + setup_py.CUDA + setup_py.NO_CUDA
+    there = [*ROOT.glob("csrc/*/*.cpp"), *ROOT.glob("csrc/*/*.cu")]
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in there)
+
+
+def test_it_finds_the_installed_torch_without_importing_it(setup_py):
+    root, version, cuda = setup_py.find_torch()
+    assert (version, cuda) == (torch.__version__, torch.version.cuda)
+    assert root == Path(torch.__file__).parent
+
+
+@pytest.mark.parametrize("version", [None, "2.10.1"])
+def test_no_torch_or_an_old_one_is_one_message(setup_py, monkeypatch, tmp_path, version):
+    spec = None
+    if version:
+        (tmp_path / "version.py").write_text(f"__version__ = {version!r}\ncuda = None\n")
+        spec = importlib.util.spec_from_file_location("torch", tmp_path / "__init__.py")
+    monkeypatch.setattr(setup_py, "find_spec", lambda name: spec)
+    with pytest.raises(SystemExit, match=f"2.11 or newer.* found {version or 'none'}") as stopped:
+        setup_py.find_torch()
+    assert "pip install -U torch ninja" in str(stopped.value)
+
+
+def test_without_cuda_on_request(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path, "13.0")))
+    monkeypatch.setenv("BATCHRENORM_CUDA", "0")
+    assert setup_py.choose_toolkit("2.13.0", "13.0") == (None, "", "BATCHRENORM_CUDA=0")
+
+
+def test_a_cpu_only_torch_takes_any_toolkit(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path, "12.9")))
+    root, version, why = setup_py.choose_toolkit("2.13.0+cpu", None)
+    assert (root, version) == (tmp_path, "12.9")
+    assert str(tmp_path) in why
+
+
+def test_nvcc_without_headers_beside_it_is_passed_over(setup_py, monkeypatch, tmp_path):
+    """On PATH there may be a wrapper script alone; headers elsewhere belong to another version."""
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "wrapper", "12.1", headers=False)))
+    monkeypatch.setenv("CUDA_PATH", str(toolkit(tmp_path / "real", "12.9")))
+    assert next(setup_py.find_toolkits()) == (tmp_path / "real", "12.9")
+
+
+def test_nvcc_on_path_is_followed_to_its_root(setup_py, monkeypatch, tmp_path):
+    toolkit(tmp_path / "cuda-12.9", "12.9")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").symlink_to(tmp_path / "cuda-12.9/bin/nvcc")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert next(setup_py.find_toolkits()) == (tmp_path / "cuda-12.9", "12.9")
+
+
+def test_pip_packages_are_a_toolkit(setup_py, monkeypatch, tmp_path):
+    root = toolkit(tmp_path / "nvidia/cu13", "13.0")
+    spec = importlib.util.spec_from_loader("nvidia", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / "nvidia")]
+    monkeypatch.setattr(setup_py, "find_spec", lambda name: spec)
+    assert (root, "13.0") in list(setup_py.find_toolkits())
+
+
+def test_no_toolkit_is_a_complete_build_unless_one_was_asked_for(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py, "find_toolkits", lambda: [])
+    root, _, why = setup_py.choose_toolkit("2.13.0+cpu", None)
+    assert root is None
+    assert "no CUDA toolkit found" in why
+    monkeypatch.setenv("BATCHRENORM_CUDA", "1")
+    with pytest.raises(SystemExit, match="CUDA_HOME"):
+        setup_py.choose_toolkit("2.13.0+cpu", None)
+
+
+def test_a_toolkit_of_torch_s_cuda_major_is_preferred(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "12", "12.9")))
+    monkeypatch.setenv("CUDA_PATH", str(toolkit(tmp_path / "13", "13.1")))
+    assert setup_py.choose_toolkit("2.13.0+cu130", "13.0")[:2] == (tmp_path / "13", "13.1")
+
+
+def test_a_toolkit_of_another_major_says_what_to_run(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_py, "find_toolkits", lambda: [(Path("/opt/cuda"), "12.9")])
+    with pytest.raises(SystemExit) as stopped:
+        setup_py.choose_toolkit("2.13.0+cu130", "13.0")
+    message = str(stopped.value)
+    assert "torch 2.13.0+cu130 is for CUDA 13.0, /opt/cuda is 12.9" in message
+    assert "whl/cu129" in message
+    assert "BATCHRENORM_CUDA=0" in message
+    assert "a toolkit 13.x" in message
+
+
+def test_architectures_as_listed(setup_py, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
+    assert setup_py.choose_architectures(Path("nvcc"))[0] == ["8.0", "9.0a", "12.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
+    with pytest.raises(SystemExit, match="got 'Ampere'"):
+        setup_py.choose_architectures(Path("nvcc"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen"),
+    [
+        ("", ["7.5", "8.0", "8.6", "8.9", "9.0"]),  # no driver: all that this nvcc knows
+        ("9.0\n9.0\n8.6\n", ["8.6", "9.0"]),
+        ("12.0\n", ["9.0+PTX"]),  # a chip that this nvcc does not know: it compiles for it itself
+    ],
+    ids=["no GPU", "two kinds of GPU", "a GPU newer than nvcc"],
+)
+def test_architectures_as_seen(setup_py, monkeypatch, tmp_path, visible, chosen):
+    known = "".join(rf"compute_{n}\n" for n in (75, 80, 86, 89, 90))
+    nvcc = command(tmp_path / "nvcc", known)
+    if visible:
+        command(tmp_path / "nvidia-smi", visible.replace("\n", r"\n"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert setup_py.choose_architectures(nvcc)[0] == chosen
+
+
+def test_gencode(setup_py):
+    assert setup_py.gencode("9.0") == "'-gencode=arch=compute_90,code=[sm_90]'"
+    assert setup_py.gencode("12.0+PTX") == "'-gencode=arch=compute_120,code=[sm_120,compute_120]'"
+
+
+def test_build_info_is_about_this_build():
+    info = _C.build_info()
+    assert info["version"] == __version__
+    assert info["torch"].split(".")[0] == "2"
+    assert info["cuda"] == bool(info["nvcc"]) == bool(info["architectures"])
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what is needed to build, built once without CUDA."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("csrc", "batchrenorm_cuda"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    assert "CPU kernels (BATCHRENORM_CUDA=0)" in build(copy)
+    return copy
+
+
+def build(checkout: Path) -> str:
+    arguments = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, "BATCHRENORM_CUDA": "0"}
+    done = subprocess.run(
+        arguments, cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_second_build_compiles_nothing(checkout):
+    assert "no work to do" in build(checkout)
+
+
+def test_a_changed_header_compiles_what_includes_it(checkout):
+    (checkout / "csrc/binding/checks.h").touch()
+    compiled = [line for line in build(checkout).splitlines() if line.startswith("[")]
+    assert {line.split("/")[-1] for line in compiled} == {"cpu.cpp", "no_cuda.cpp", "_C.so"}
+
+
+def test_an_installed_package_is_complete(checkout, tmp_path):
+    """From a wheel, in another folder: the compiled part, the stubs and every module are there."""
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    pip += ["--no-build-isolation", "--target", str(target), str(checkout)]
+    environment = {**os.environ, "BATCHRENORM_CUDA": "0"}
+    done = subprocess.run(pip, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    for source in (ROOT / "batchrenorm_cuda").rglob("*.py*"):
+        if source.suffix != ".pyc":
+            assert (target / source.relative_to(ROOT)).exists()
+    assert (target / "batchrenorm_cuda/py.typed").exists()
+
+    doctor = [sys.executable, "-m", "batchrenorm_cuda", "doctor"]
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run(
+        doctor, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"in {target}" in done.stdout
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="needs a build with CUDA kernels")
+def test_kernels_are_compiled_again_when_a_header_changes():
+    """nvcc's dependencies are known to ninja."""
+    torch_version = _C.build_info()["torch"]
+    folder = f"build/{sys.implementation.cache_tag}-torch-{torch_version}"
+    if not (ROOT / folder / "build.ninja").exists():
+        pytest.skip("was not built in this checkout")
+    ninja = [sys.executable, "-m", "ninja", "-f", f"{folder}/build.ninja", "-t", "deps"]
+    listed = subprocess.run(
+        [*ninja, f"{folder}/csrc/kernels/forward.cu.o"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "csrc/core/math.h" in listed
+    assert "csrc/kernels/reduce.cuh" in listed
