@@ -1,0 +1,101 @@
+"""Runs a short selection of launches from a given library and says what is wrong with the results, if anything.
+
+    python tests/simt/probe.py LIBRARY forward|backward
+
+A process of its own, because a kernel with a planted bug may crash or never end. Exit status 1 and a line that begins with
+CAUGHT: the numbers are off, the bits depend on the schedule, a write went astray, or the emulator stopped the launch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from simt import truth  # noqa: E402
+from simt.emulator import Emulator, Layout, Order, Pass, Problem, Schedule  # noqa: E402
+
+SCHEDULES = [
+    Schedule(Order.ASCENDING),
+    Schedule(Order.DESCENDING),
+    *(Schedule(Order.RANDOM, seed) for seed in range(1, 6)),
+    Schedule(Order.PARALLEL, 1),
+]
+
+# Problem, SMs, choice: one block a slab, teams with several slabs each, several rounds, stripes that end beyond C.
+CASES = [
+    (Problem(3, 5, 49), 4, {}),
+    (Problem(6, 7, 200), 2, {"threads": 64, "team": 3}),
+    (Problem(12, 5, 1000), 2, {"threads": 64, "team": 2}),
+    (Problem(9, 65, 49, Layout.LAST), 2, {"columns": 8, "threads": 64, "team": 2}),
+    (Problem(9, 128, 49, Layout.LAST), 2, {"columns": 16, "threads": 64, "team": 4}),
+    (Problem(2, 40, 16), 1, {}),
+]
+
+
+def scaled_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    error = np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-30)
+    return float("inf") if np.isnan(error) else float(error)
+
+
+def outcome(emulator: Emulator, which: Pass, problem: Problem, plan, data) -> dict[str, np.ndarray]:
+    state = {k: data[k] for k in ("weight", "bias", "running_mean", "running_std")}
+    # A jump of the limits and a cumulative average: a block that reads the counter too late cannot go unnoticed.
+    step = {"num_batches_tracked": 3, "schedule": np.array([3, 3.0, 3, 5.0, 3]), "momentum": -1.0}
+    want = truth.forward(data["x"], **state, **step)
+    if which == Pass.FORWARD:
+        got = emulator.forward(problem, data["x"], plan=plan, **state, **step)
+        want["stats"] = np.array([want[k] for k in ("inv_std", "r", "d")])
+        got["stats"] = got["stats"][2:]
+        names = ("y", "stats", "running_mean", "running_std", "num_batches_tracked")
+    else:
+        rows = (want["pivot"], want["mean"] - want["pivot"], want["inv_std"], want["r"], want["d"])
+        stats = np.array(rows).astype(np.float32)
+        got = emulator.backward(problem, data["dy"], data["x"], weight=data["weight"], stats=stats, plan=plan)
+        want = truth.backward(
+            data["dy"], data["x"], data["weight"], **{k: want[k] for k in ("mean", "inv_std", "r", "d")}
+        )
+        names = ("dx", "dweight", "dbias")
+    for name in names:
+        error = scaled_error(got[name], want[name])
+        if not error < 3e-6:
+            raise AssertionError(f"{name} is off by {error:.1e}")
+    return {name: got[name] for name in names}
+
+
+def main() -> None:
+    emulator = Emulator(sys.argv[1])
+    which = Pass[sys.argv[2].upper()]
+    rng = np.random.default_rng(0)
+    for problem, sm_count, choice in CASES:
+        n, c, s = problem.shape
+        data = {
+            "x": (rng.standard_normal((n, c, s)) + 20).astype(np.float32),
+            "dy": (rng.standard_normal((n, c, s)) + 0.5).astype(np.float32),
+            "weight": rng.standard_normal(c).astype(np.float32),
+            "bias": rng.standard_normal(c).astype(np.float32),
+            "running_mean": (20 + rng.standard_normal(c)).astype(np.float32),
+            "running_std": np.exp(rng.standard_normal(c)).astype(np.float32),
+        }
+        emulator.sm_count = sm_count
+        plan = emulator.plan(which, problem)
+        if choice:
+            made = {"columns": plan.columns, "threads": plan.threads, "team": plan.team, **choice}
+            plan = emulator.cut(problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made)
+        first = None
+        for emulator.schedule in SCHEDULES:
+            try:
+                got = outcome(emulator, which, problem, plan, data)
+                first = first or got
+                for name, value in got.items():
+                    if value.tobytes() != first[name].tobytes():
+                        raise AssertionError(f"{name} depends on the order of events")
+            except (AssertionError, RuntimeError) as error:
+                sys.exit(f"CAUGHT {problem}, {plan}, {emulator.schedule}: {error}")
+
+
+if __name__ == "__main__":
+    main()

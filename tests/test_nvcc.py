@@ -1,0 +1,154 @@
+"""nvcc's own verdict on the shipped kernels, for every architecture and without a GPU: no warnings, nothing spilled from
+registers to memory, and as many blocks an SM as the planner counts on.
+
+All seven architectures cost about 140 CPU seconds once; the logs are cached under build/nvcc by a digest of sources, flags
+and nvcc. BATCHRENORM_NVCC_ARCHITECTURES="7.5;9.0" takes fewer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import runpy
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from simt import build
+
+KERNELS = ("forward", "backward", "inference")
+FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", "--Werror", "all-warnings")
+CACHE = build.REPOSITORY / "build" / "nvcc"
+
+# Shared memory of an SM in bytes, of which each resident block takes 1 KB for the system from sm_80 on.
+SHARED_MEMORY = {
+    "7.5": 64 << 10,
+    "8.0": 164 << 10,
+    "8.6": 100 << 10,
+    "8.9": 100 << 10,
+    "9.0": 228 << 10,
+    "10.0": 228 << 10,
+    "12.0": 100 << 10,
+}
+REGISTERS = 65536  # of an SM, all architectures
+THREADS = 256  # of a block, at most: kMaxThreads
+
+
+def architectures() -> list[str]:
+    return os.environ.get("BATCHRENORM_NVCC_ARCHITECTURES", ";".join(SHARED_MEMORY)).split(";")
+
+
+def find_nvcc() -> Path | None:
+    """The toolkit that setup.py would build with."""
+    for root, _ in runpy.run_path(str(build.REPOSITORY / "setup.py"))["find_toolkits"]():
+        return Path(root) / "bin/nvcc"
+    return None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of one instantiation."""
+
+    kernel: str
+    dtype: str
+    layout: str
+    slot_bytes: int
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """csrc/core/plan.h: blocks_per_sm."""
+        if self.dtype == "double":
+            return 1
+        return 3 if self.layout == "channels_first" else 2
+
+
+_ENTRY = re.compile(r"Compiling entry function '(\S+)'")
+_NAME = re.compile(
+    r"(forward|backward|inference)_kernelI(d|f|6__half|13__nv_bfloat16)LN\w*?6LayoutE([01])ELi(\d+)E"
+)
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def parse(log: str) -> list[Resources]:
+    found = []
+    for section in re.split(r"(?=ptxas info\s+: Compiling entry)", log)[1:]:
+        entry = _ENTRY.search(section)[1]
+        name = _NAME.search(entry)
+        assert name is not None, f"a kernel that this test does not know: {entry}"
+        frame, shared = _FRAME.search(section), _SHARED.search(section)
+        found.append(
+            Resources(
+                kernel=name[1],
+                dtype={"d": "double", "f": "float"}.get(name[2], name[2].lstrip("0123456789_")),
+                layout=("channels_first", "channels_last")[int(name[3])],
+                slot_bytes=int(name[4]),
+                registers=int(_REGISTERS.search(section)[1]),
+                shared=int(shared[1]) if shared else 0,
+                stack=int(frame[1]),
+                spilled=int(frame[2]) + int(frame[3]),
+            )
+        )
+    return found
+
+
+def compile_log(nvcc: Path, version: str, kernel: str, architecture: str) -> str:
+    source = build.REPOSITORY / f"csrc/kernels/{kernel}.cu"
+    digest = hashlib.sha256("\0".join((version, architecture, *FLAGS)).encode())
+    for path in sorted(build.included(source, [])):
+        digest.update(path.read_bytes())
+    cached = CACHE / f"{kernel}-{architecture}-{digest.hexdigest()[:24]}.log"
+    if not cached.exists():
+        sm = "sm_" + architecture.replace(".", "")
+        done = subprocess.run(
+            [str(nvcc), *FLAGS, f"-arch={sm}", str(source), "-o", os.devnull],
+            capture_output=True,
+            text=True,
+        )
+        log = done.stdout + done.stderr
+        if done.returncode != 0:
+            raise AssertionError(f"nvcc does not compile {kernel}.cu for {sm}:\n{log[-4000:]}")
+        CACHE.mkdir(parents=True, exist_ok=True)
+        cached.write_text(log)
+    return cached.read_text()
+
+
+@pytest.fixture(scope="module")
+def logs():
+    """A future of the compiler's log for each kernel and architecture, as many at a time as there are cores."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no CUDA toolkit: nvcc with its headers is not here, so the kernels were not compiled for a GPU")
+    version = subprocess.run([str(nvcc), "--version"], check=True, capture_output=True, text=True).stdout
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        yield {
+            (kernel, architecture): pool.submit(compile_log, nvcc, version, kernel, architecture)
+            for architecture in architectures()
+            for kernel in KERNELS
+        }
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("architecture", architectures())
+def test_kernel_fits_its_registers(logs, architecture: str, kernel: str):
+    found = parse(logs[kernel, architecture].result())
+    # Two layouts times the slot widths: 2 of double, 3 of float, 4 each of half and bfloat16.
+    assert len(found) == 2 * (2 + 3 + 4 + 4) and {r.kernel for r in found} == {kernel}
+    for r in found:
+        print(f"{architecture} {r.kernel} {r.dtype} {r.layout} {r.slot_bytes}: {r.registers} registers, {r.shared} bytes")
+    spilling = [r for r in found if r.spilled or r.stack]
+    assert not spilling, f"spilled to local memory: {spilling}"
+    for r in found:
+        # Registers are handed out to a warp in units of 256, 8 a lane.
+        registers = -(-r.registers // 8) * 8 * THREADS
+        assert r.blocks_per_sm * registers <= REGISTERS, f"the planner counts on more blocks an SM: {r}"
+        assert r.blocks_per_sm * (r.shared + 1024) <= SHARED_MEMORY[architecture], f"too much shared memory: {r}"
+        assert r.shared <= 48 << 10

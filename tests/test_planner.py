@@ -1,0 +1,304 @@
+"""Properties of the launch planner, for any shape and any number of SMs: csrc/core/plan.h decides, and no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from simt.emulator import DTYPES, ITEM_SIZE, Emulator, Layout, Pass, Problem, load
+
+from batchrenorm_cuda import _C
+
+PASSES = ("forward", "backward", "inference")
+LAYOUTS = ("channels_first", "channels_last")
+MAX_REGISTER_BYTES = 128  # of tensors that a thread holds between statistics and normalisation
+THREADS = 256  # of a block, at most
+SETTINGS = settings(max_examples=300, deadline=None)
+
+
+@st.composite
+def problems(draw, largest: int = 2**36):
+    """Sizes from 1 to `largest` elements, with plenty of small, of round and of odd numbers."""
+    small = st.integers(1, 70)
+    common = st.sampled_from([64, 65, 96, 100, 128, 192, 256, 512, 1000, 1024, 2048, 4096])
+    spatial = st.sampled_from([1, 7 * 7, 14 * 14, 28 * 28, 56 * 56, 112 * 112, 224 * 224, 16 * 112 * 112])
+    large = st.integers(1, 2**33)
+    n = draw(st.one_of(small, common, st.integers(1, 2**20)))
+    c = draw(st.one_of(small, common, st.integers(1, 100_000)))
+    s = draw(st.one_of(small, spatial, large))
+    assume(n * c * s <= largest)
+    dtype = draw(st.sampled_from(DTYPES))
+    alignment = draw(st.sampled_from([a for a in (2, 4, 8, 16) if a >= ITEM_SIZE[dtype]]))
+    return {
+        "batch": n,
+        "channels": c,
+        "spatial": s,
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "dtype": dtype,
+        "alignment": alignment,
+    }
+
+
+sm_counts = st.integers(1, 160)
+
+
+def plan(which: str, p: dict, sm_count: int):
+    keywords = {k: p[k] for k in ("layout", "dtype", "alignment")}
+    return _C.plan(which, p["batch"], p["channels"], p["spatial"], sm_count=sm_count, **keywords)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def blocks_per_sm(p: dict) -> int:
+    """The second argument of the kernels' launch bounds: what the registers allow."""
+    if p["dtype"] == "float64":
+        return 1
+    return 3 if p["layout"] == "channels_first" else 2
+
+
+each_pass = pytest.mark.parametrize("which", PASSES)
+each_team_pass = pytest.mark.parametrize("which", ("forward", "backward"))
+
+
+@each_pass
+@SETTINGS
+@given(p=problems(), sm_count=sm_counts)
+def test_a_slot_is_one_aligned_access_of_whole_elements(which, p, sm_count):
+    got = plan(which, p, sm_count)
+    size = ITEM_SIZE[p["dtype"]]
+    row = (p["spatial"] if p["layout"] == "channels_first" else p["channels"]) * size
+    assert got.slot_bytes in (2, 4, 8, 16)
+    assert got.slot_bytes % size == 0 and got.lanes == got.slot_bytes // size
+    assert row % got.slot_bytes == 0, "a row of slots ends where the row of elements does"
+    assert p["alignment"] % got.slot_bytes == 0
+    wider = 2 * got.slot_bytes
+    assert wider > 16 or row % wider != 0 or p["alignment"] % wider != 0, "and it is the widest"
+
+
+@each_pass
+@SETTINGS
+@given(p=problems(), sm_count=sm_counts)
+def test_every_position_has_one_owner(which, p, sm_count):
+    got = plan(which, p, sm_count)
+    per_position = got.lanes if p["layout"] == "channels_first" else 1
+    assert got.positions * per_position == p["batch"] * p["spatial"]
+    assert (got.team - 1) * got.share < got.positions <= got.team * got.share, "and no block is empty"
+    assert (got.slabs - 1) * got.slab_channels < p["channels"] <= got.slabs * got.slab_channels
+
+
+@each_pass
+@SETTINGS
+@given(p=problems(), sm_count=sm_counts)
+def test_rounds_cover_a_share_and_no_more(which, p, sm_count):
+    got = plan(which, p, sm_count)
+    assert got.positions_per_pass * got.columns == got.threads
+    assert got.positions_per_round == got.positions_per_pass * got.slots
+    assert (got.rounds - 1) * got.positions_per_round < got.share
+    # Inference blocks own a whole round each, the last one whatever is left.
+    assert got.share <= got.rounds * got.positions_per_round
+
+
+@each_pass
+@SETTINGS
+@given(p=problems(), sm_count=sm_counts)
+def test_every_slab_has_one_team(which, p, sm_count):
+    got = plan(which, p, sm_count)
+    assert 1 <= got.teams <= got.slabs
+    assert got.waves == ceil_div(got.slabs, got.teams)
+    assert got.blocks == got.team * got.teams
+    assert got.blocks < 2**31, "gridDim.x"
+    if which == "inference" or got.team == 1:
+        assert got.teams == got.slabs, "nobody waits, so every slab has blocks of its own"
+
+
+@each_team_pass
+@SETTINGS
+@given(p=problems(), sm_count=sm_counts)
+def test_blocks_that_meet_are_resident_at_once(which, p, sm_count):
+    got = plan(which, p, sm_count)
+    assert got.resident_blocks == sm_count * blocks_per_sm(p)
+    if got.team > 1:
+        assert got.blocks <= got.resident_blocks
+
+
+@each_pass
+@SETTINGS
+@given(p=problems(), sm_count=sm_counts)
+def test_threads_fit_the_kernels(which, p, sm_count):
+    got = plan(which, p, sm_count)
+    assert is_power_of_two(got.threads) and _C.MIN_THREADS <= got.threads <= _C.MAX_THREADS
+    assert got.threads % 32 == 0
+    assert is_power_of_two(got.columns) and got.columns <= 32, "a warp reduces what lies a power of two apart"
+    assert is_power_of_two(got.slab_channels) and got.slab_channels <= _C.MAX_SLAB_CHANNELS
+    assert got.slab_channels <= got.threads, "each channel has a thread that finishes it"
+    if p["layout"] == "channels_first":
+        assert got.columns == 1 and got.slab_channels == 1
+    held = got.slots * got.slot_bytes * (2 if which == "backward" else 1)
+    assert 1 <= got.slots <= 16 and held <= MAX_REGISTER_BYTES
+
+
+@each_pass
+@SETTINGS
+@given(p=problems(), sm_count=sm_counts)
+def test_workspace(which, p, sm_count):
+    got = plan(which, p, sm_count)
+    statistic = 8 if p["dtype"] == "float64" else 4
+    assert got.control_words >= _C.LINE_WORDS * (1 + got.teams)
+    assert got.proposals_bytes == 2 * p["channels"] * statistic
+    if got.team == 1:
+        assert got.partials_bytes == 0
+    else:
+        # Two sets of (channels of a slab) pairs for each block.
+        assert got.partials_bytes == 2 * got.blocks * got.slab_channels * 2 * statistic
+
+
+@each_pass
+@SETTINGS
+@given(p=problems(), sm_count=sm_counts)
+def test_a_plan_is_a_value(which, p, sm_count):
+    got = plan(which, p, sm_count)
+    assert got == plan(which, p, sm_count) and repr(got) == repr(plan(which, p, sm_count))
+    assert f".team = {got.team}, .teams = {got.teams}, .rounds = {got.rounds}, .share = {got.share}" in repr(got)
+    assert got.microseconds > 0
+
+
+@each_pass
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("n", "c", "s"),
+    [
+        (2**11, 2**10, 2**10 + 8),  # just over 2^31 elements
+        (1, 1, 2**31 + 16),  # one plane longer than an int
+        (2**31 + 2, 1, 1),  # more rows than an int
+        (1, 2**15, 2**18),  # 2^33
+        (2**13, 64, 2**14),  # 2^33
+        (1, 3, 2**33 + 1),  # an odd plane
+        (2**20, 2**14, 1),  # 2^34, 2-D
+    ],
+)
+def test_more_elements_than_an_int_counts(which, layout, dtype, n, c, s):
+    p = {"batch": n, "channels": c, "spatial": s, "layout": layout, "dtype": dtype, "alignment": 16}
+    for sm_count in (1, 132, 160):
+        got = plan(which, p, sm_count)
+        per_position = got.lanes if layout == "channels_first" else 1
+        assert got.positions * per_position == n * s
+        assert (got.team - 1) * got.share < got.positions <= got.team * got.share
+        assert (got.rounds - 1) * got.positions_per_round < got.share <= got.rounds * got.positions_per_round
+        assert 0 < got.blocks < 2**31
+        assert got.bytes_moved == (3 if which == "backward" else 2) * n * c * s * ITEM_SIZE[dtype]
+
+
+# ---- what is expected of shapes that matter ----
+
+# Channels, height = width: the normalised maps of ResNet-50.
+RESNET50 = [
+    (64, 112),
+    (64, 56),
+    (256, 56),
+    (128, 28),
+    (512, 28),
+    (256, 14),
+    (1024, 14),
+    (512, 7),
+    (2048, 7),
+]
+H200 = 132
+
+
+@pytest.fixture(scope="module")
+def planner() -> Emulator:
+    """The same header, compiled for the emulator, which also completes a choice that is not the planner's."""
+    return load()
+
+
+def resnet_plan(which, batch, channels, side, layout, dtype):
+    p = {
+        "batch": batch,
+        "channels": channels,
+        "spatial": side * side,
+        "layout": layout,
+        "dtype": dtype,
+        "alignment": 16,
+    }
+    return plan(which, p, H200)
+
+
+@each_team_pass
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("batch", [128, 256])
+@pytest.mark.parametrize(("channels", "side"), [(c, side) for c, side in RESNET50 if side >= 14])
+def test_resnet50_nchw_reads_large_batches_once(which, batch, channels, side, dtype):
+    """Large enough that time is memory traffic: a channel that half the chip's registers hold is read once.
+
+    Half, because a single team runs in lockstep: all of it reads, all of it waits, all of it writes.
+    """
+    tensors = 2 if which == "backward" else 1
+    got = resnet_plan(which, batch, channels, side, "channels_first", dtype)
+    slab = batch * side * side * ITEM_SIZE[dtype] * tensors
+    if slab <= got.resident_blocks // 2 * THREADS * MAX_REGISTER_BYTES:
+        assert got.rounds == 1
+
+
+@each_team_pass
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("batch", [32, 64, 128, 256])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("channels", "side"), RESNET50)
+def test_resnet50_no_plan_that_reads_once_is_expected_to_be_faster(
+    planner, which, batch, channels, side, layout, dtype
+):
+    """The planner tries a few team sizes; here every width of a slab that registers hold is, by the same estimate."""
+    got = resnet_plan(which, batch, channels, side, layout, dtype)
+    problem = Problem(batch, channels, side * side, Layout(LAYOUTS.index(layout)), dtype)
+    step = Pass[which.upper()]
+    for columns in (1,) if layout == "channels_first" else (1, 2, 4, 8, 16, 32):
+        if layout == "channels_last" and columns * got.lanes > _C.MAX_SLAB_CHANNELS:
+            break
+        team = ceil_div(got.positions, THREADS // columns * got.slots)
+        if team > got.resident_blocks // 2:  # one team alone has nobody to work while it waits
+            continue
+        choice = {"slot_bytes": got.slot_bytes, "columns": columns, "slots": got.slots, "threads": THREADS}
+        once = planner.cut(problem, H200, team=team, **choice)
+        assert once.rounds == 1
+        assert got.microseconds <= planner.estimate(step, problem, once, H200) * 1.0001, once
+
+
+@each_team_pass
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("channels", "side"), RESNET50)
+def test_resnet50_keeps_every_sm_busy(which, layout, channels, side):
+    got = resnet_plan(which, 64, channels, side, layout, "bfloat16")
+    assert got.blocks >= 0.75 * H200
+
+
+def test_a_small_2d_layer_is_one_wave_without_barriers():
+    """The reinforcement-learning case, 256 x 256: latency counts, so no cooperative launch and many blocks."""
+    p = {
+        "batch": 256,
+        "channels": 256,
+        "spatial": 1,
+        "layout": "channels_last",
+        "dtype": "float32",
+        "alignment": 16,
+    }
+    for which in PASSES:
+        got = plan(which, p, H200)
+        assert got.rounds == 1 and got.waves == 1
+        if which != "inference":
+            assert got.team == 1
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("layout", "nchw"), ("dtype", "int8"), ("sm_count", 0), ("alignment", 3), ("alignment", 1), ("alignment", 32)],
+)
+def test_a_wrong_argument_is_named(keyword, value):
+    with pytest.raises(ValueError, match=keyword):
+        _C.plan("forward", 2, 3, 4, **{keyword: value})

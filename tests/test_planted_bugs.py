@@ -1,0 +1,280 @@
+"""The emulator's worth: bugs that kernels of this kind really have, planted in copies of the shipped sources, must be caught.
+
+A bug is a textual patch. If the source has moved on so that a patch no longer applies, the test fails: rewrite the patch.
+What cannot be planted here is a missing memory fence: x86 does not reorder what a GPU would.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from simt import build
+
+PROBE = build.REPOSITORY / "tests/simt/probe.py"
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    file: str  # under csrc/
+    old: str
+    new: str
+    kernel: str = "forward"
+    says: str = "CAUGHT"  # in what the probe prints
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+
+BUGS = [
+    Bug(
+        "moving statistics read after the team has met",
+        "kernels/forward.cu",
+        "const ChannelState<Real> state = states[thread];",
+        "const ChannelState<Real> state = "
+        "channel_state(params, channel0 + thread, states[thread].pivot);",
+    ),
+    Bug(
+        "one set of partial results a team",
+        "kernels/barrier.cuh",
+        "(2 * std::int64_t{team} + parity)",
+        "(2 * std::int64_t{team} + 0 * parity)",
+    ),
+    Bug(
+        "one set of partial results a team, backward",
+        "kernels/barrier.cuh",
+        "(2 * std::int64_t{team} + parity)",
+        "(2 * std::int64_t{team} + 0 * parity)",
+        kernel="backward",
+    ),
+    Bug(
+        "no barrier before records are read",
+        "kernels/reduce.cuh",
+        "  __syncthreads();\n\n  typename Values::Record total{};",
+        "  typename Values::Record total{};",
+    ),
+    Bug(
+        "no barrier before the affine maps are read",
+        "kernels/forward.cu",
+        "    __syncthreads();\n\n    Affine<Real> affine[kChannels];",
+        "    Affine<Real> affine[kChannels];",
+    ),
+    Bug(
+        "no barrier before the projections are read",
+        "kernels/backward.cu",
+        "    __syncthreads();\n\n    Projection<Real> projected[kChannels];",
+        "    Projection<Real> projected[kChannels];",
+        kernel="backward",
+    ),
+    Bug(
+        "block arrives at the team barrier before all its threads have published",
+        "kernels/barrier.cuh",
+        "  constexpr unsigned kFlip = 0x80000000u;\n  __syncthreads();\n",
+        "  constexpr unsigned kFlip = 0x80000000u;\n",
+    ),
+    Bug(
+        "block leaves the team barrier without waiting for its first thread",
+        "kernels/barrier.cuh",
+        "__nanosleep(20);\n  }\n  __syncthreads();\n}",
+        "__nanosleep(20);\n  }\n}",
+    ),
+    Bug(
+        "team barrier waits for one block too many",
+        "kernels/barrier.cuh",
+        "kFlip - static_cast<unsigned>(team - 1)",
+        "kFlip - static_cast<unsigned>(team)",
+        says="deadlock, no block can go on",
+    ),
+    Bug(
+        "team barrier waits for one block too few",
+        "kernels/barrier.cuh",
+        "kFlip - static_cast<unsigned>(team - 1)",
+        "kFlip - static_cast<unsigned>(team - 2)",
+    ),
+    Bug(
+        "a block of the team does not arrive",
+        "kernels/barrier.cuh",
+        "  if (threadIdx.x == 0) {\n    const unsigned old =",
+        "  if (threadIdx.x == 0 && rank != 1) {\n    const unsigned old =",
+        says="deadlock, no block can go on",
+    ),
+    Bug(
+        "divergent barrier",
+        "kernels/reduce.cuh",
+        "  if (thread < channels) {\n    total = records[thread];",
+        "  if (thread < channels) {\n    __syncthreads();\n    total = records[thread];",
+        says="divergent barrier",
+    ),
+    Bug(
+        "part of a block leaves before the barrier",
+        "kernels/forward.cu",
+        "    __syncthreads();\n\n    Affine<Real> affine[kChannels];",
+        "    if (finishes) __syncthreads();\n\n    Affine<Real> affine[kChannels];",
+    ),
+    Bug(
+        "late partial result",
+        "kernels/forward.cu",
+        "  team_barrier(barrier_line(workspace, team), plan.team, rank);\n",
+        "  team_barrier(barrier_line(workspace, team), plan.team, rank);\n"
+        "  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);\n",
+        # The early one goes, see below.
+    ),
+    Bug(
+        "unmasked store",
+        "kernels/forward.cu",
+        "        if (walk.has(v, left)) {",
+        "        if (left > 0) {",
+    ),
+    Bug(
+        "store beyond the last channel",
+        "kernels/forward.cu",
+        "kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels",
+        "kLayout == Layout::kChannelsFirst || channel0 + mine <= p.channels",
+    ),
+    Bug(
+        "shuffle over half a warp",
+        "kernels/reduce.cuh",
+        "constexpr unsigned kAllLanes = 0xffffffffu;",
+        "constexpr unsigned kAllLanes = 0x0000ffffu;",
+        says="of a part of the warp",
+    ),
+    Bug(
+        "reduction over half a warp",
+        "kernels/reduce.cuh",
+        "for (int distance = kWarp / 2;",
+        "for (int distance = kWarp / 4;",
+    ),
+    Bug(
+        "mean of squares minus square of the mean",
+        "kernels/forward.cu",
+        "const Real delta = x[i] - centre[k];",
+        "const Real delta = x[i] - Real(0) * centre[k];",
+    ),
+    Bug(
+        "unbiased variance",
+        "core/math.h",
+        "std::sqrt(m.m2 / m.count + epsilon)",
+        "std::sqrt(m.m2 / (m.count - Real(1)) + epsilon)",
+    ),
+    Bug(
+        "counter moved before every block has read it",
+        "kernels/forward.cu",
+        "if (thread == 0) step = step_of<Real>(params);",
+        "if (thread == 0) step = step_of<Real>(params);\n"
+        "  if (thread == 0 && blockIdx.x == 0) *params.num_batches_tracked += 1;",
+    ),
+    Bug(
+        "ticket does not wrap",
+        "kernels/barrier.cuh",
+        "return atomicInc(ticket_word(w), last) == last;",
+        "return atomicInc(ticket_word(w), last + 1) == last;",
+        says="control words",
+    ),
+    Bug(
+        "plane boundary not crossed",
+        "kernels/slab.cuh",
+        "        cursor.offset += stride_.gap;\n",
+        "",
+    ),
+    Bug(
+        "slope without the inverse std",
+        "core/math.h",
+        "sums.gx / count * s.inv_std * s.inv_std",
+        "sums.gx / count * s.inv_std",
+        kernel="backward",
+    ),
+    Bug(
+        "weight gradient without d",
+        "core/math.h",
+        "s.r * (sums.gx * s.inv_std) + s.d * sums.g",
+        "s.r * (sums.gx * s.inv_std)",
+        kernel="backward",
+    ),
+]
+
+# Further edits that a bug needs.
+ALSO = {
+    "late partial result": (
+        "kernels/forward.cu",
+        "  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);\n  team_barrier(",
+        "  team_barrier(",
+    ),
+    "mean of squares minus square of the mean": (
+        "kernels/forward.cu",
+        "(centre[k] - pivot[k]) + mean",
+        "mean - pivot[k]",
+    ),
+    "counter moved before every block has read it": (
+        "kernels/forward.cu",
+        "if (counts_last) *params.num_batches_tracked = step_count(params) + 1;",
+        "(void)counts_last;",
+    ),
+}
+
+
+def replace_once(root: Path, file: str, old: str, new: str) -> None:
+    path = root / "csrc" / file
+    text = path.read_text()
+    count = text.count(old)
+    if count != 1:
+        raise AssertionError(f"the patch of {file} applies {count} times instead of once: rewrite it\n{old}")
+    path.write_text(text.replace(old, new))
+
+
+def plant(bug: Bug | None, root: Path) -> None:
+    for part in ("csrc/core", "csrc/kernels", "tests/simt"):
+        shutil.copytree(build.REPOSITORY / part, root / part)
+    if bug is None:
+        return
+    if bug.name in ALSO:
+        replace_once(root, *ALSO[bug.name])
+    replace_once(root, bug.file, bug.old, bug.new)
+
+
+def probe(bug: Bug | None, kernel: str, root: Path) -> subprocess.CompletedProcess:
+    """Builds the kernel of a patched copy and runs the probe on it. The emulator's own objects come from the cache."""
+    plant(bug, root)
+    rest = [s for s in build.SOURCES if not s.endswith(".cu")]
+    library = build.library(root, sources=[f"csrc/kernels/{kernel}.cu", *rest], jobs=1)
+    command = [sys.executable, str(PROBE), str(library), kernel]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finally:
+        if bug is not None:
+            library.unlink()
+
+
+@pytest.fixture(scope="module")
+def probes(request, tmp_path_factory) -> dict[str, Future]:
+    """All selected bugs, planted, built and run on as many cores as there are."""
+    wanted = {item.callspec.params["bug"] for item in request.session.items if "probes" in item.fixturenames
+              and "bug" in getattr(getattr(item, "callspec", None), "params", {})}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        root = tmp_path_factory.mktemp("planted")
+        futures = {
+            str(bug): pool.submit(probe, bug, bug.kernel, root / str(bug)) for bug in BUGS if bug in wanted
+        }
+        yield futures
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_the_probe_passes_without_a_bug(kernel: str, tmp_path: Path):
+    done = probe(None, kernel, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+def test_caught(bug: Bug, probes: dict[str, Future]):
+    done = probes[str(bug)].result()
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, "the bug went unnoticed"
+    crashed = done.returncode < 0  # a wild write may end the process, which is noticing it too
+    assert crashed or (said.startswith("CAUGHT") and bug.says in said), said
+    print(said.strip() or f"signal {-done.returncode}")
