@@ -1,0 +1,109 @@
+"""The parity harness: is this build, on this device, as accurate as PyTorch, deterministic, and
+right in its state?
+
+    python -m batchrenorm_cuda parity [--device cpu|cuda] [--dtype float32 ...] [--quick]
+                                      [--only TEXT] [--list]
+
+What to run after compiling on a new card. Exits with 0 if everything passed and with 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+import torch
+
+from . import report
+from .cases import CASES, FLOATS, Case
+from .check import Verdict, check
+from .situations import SITUATIONS, Situation, Skip
+
+_DTYPES = {report.dtype_name(dtype): dtype for dtype in FLOATS}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m batchrenorm_cuda parity",
+        description="Compares the compiled operators with a float64 reference and plain PyTorch.",
+    )
+    p.add_argument(
+        "--device",
+        help="cpu, cuda or cuda:1; by default cuda where there is one that the build can use",
+    )
+    p.add_argument("--dtype", nargs="+", choices=[*_DTYPES, "all"], default=["all"])
+    p.add_argument("--quick", action="store_true", help="the cases that find most faults")
+    p.add_argument("--only", metavar="TEXT", help="cases whose name contains this")
+    p.add_argument(
+        "--list", action="store_true", help="print the cases and why they are there, and stop"
+    )
+    return p
+
+
+def _default_device() -> str:
+    from batchrenorm_cuda import _C
+
+    return "cuda" if torch.cuda.is_available() and _C.build_info()["cuda"] else "cpu"
+
+
+def _selected(args: argparse.Namespace) -> tuple[list[Case], list[Situation]]:
+    def wanted(item: Case | Situation) -> bool:
+        return (item.quick or not args.quick) and (args.only is None or args.only in item.name)
+
+    return [c for c in CASES if wanted(c)], [s for s in SITUATIONS if wanted(s)]
+
+
+def check_situation(situation: Situation, device: torch.device) -> Verdict | None:
+    """None where the device cannot show it."""
+    verdict = Verdict(situation.name, torch.float32)
+    try:
+        verdict.faults = situation.check(device)
+    except Skip as reason:
+        print(f"{situation.name:32} skipped: {reason}")
+        return None
+    except Exception as error:  # as in check(): a verdict, not the end of the run
+        verdict.faults = [f"{type(error).__name__}: {error}"]
+    print(
+        "\n".join(
+            [
+                f"{situation.name:32} {'ok' if verdict.ok else 'FAIL'}",
+                *(f"    {f}" for f in verdict.faults),
+            ]
+        )
+    )
+    return verdict
+
+
+def run(
+    cases: Sequence[Case], dtypes: Sequence[torch.dtype], device: torch.device
+) -> list[Verdict]:
+    """Checks every case in every dtype, printing a line for each."""
+    verdicts = []
+    print(report.header())
+    for case in cases:
+        for dtype in dtypes:
+            if dtype in case.dtypes:
+                verdicts.append(check(case, dtype, device))
+                print(report.line(verdicts[-1]), flush=True)
+    return verdicts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    cases, situations = _selected(args)
+    if args.list:
+        print("\n".join(f"{item.name:34} {item.why}" for item in [*cases, *situations]))
+        return 0
+    if not cases and not situations:
+        parser().error(f"no case has {args.only!r} in its name")
+    device = torch.device(args.device or _default_device())
+    dtypes = FLOATS if "all" in args.dtype else [_DTYPES[name] for name in args.dtype]
+    started = time.perf_counter()
+    print(*report.environment(device), report.LEGEND, "", sep="\n")
+    verdicts = run(cases, dtypes, device)
+    print()
+    verdicts += [v for s in situations if (v := check_situation(s, device)) is not None]
+    print()
+    print(report.summary(verdicts, time.perf_counter() - started, device))
+    return 0 if all(v.ok for v in verdicts) else 1
