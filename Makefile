@@ -20,7 +20,16 @@ KEY := $(shell echo '$(PYTHON) $(TORCH)' | cksum | cut -d' ' -f1)
 VENV := .venv/made-$(KEY)
 READY := .venv/ready-$(KEY)
 RUN := .venv/bin/python
+PIP := $(RUN) -m pip install -q --disable-pip-version-check
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu csrc/*/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/include/*)
+
+# pyproject.toml's optional dependencies, all of them. setuptools brings a parser to Python 3.10, which has none.
+define EXTRAS
+from setuptools.config.pyprojecttoml import load_file
+extras = load_file("pyproject.toml")["project"]["optional-dependencies"]
+print(*sum(extras.values(), []))
+endef
+export EXTRAS
 
 .PHONY: demo test lint asan build clean
 
@@ -28,7 +37,7 @@ demo: build
 	$(RUN) examples/digits.py $(DEMO_ARGS)
 
 test: build
-	$(RUN) -m pytest tests $(PYTEST_ARGS)
+	$(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -37,18 +46,21 @@ lint: $(READY)
 asan: build
 	$(RUN) tests/simt/sanitize.py tests/test_emulator.py -q
 
+# The editable install comes second: it finds everything built, and lets `batchrenorm_cuda` be imported from anywhere.
 build: $(READY)
 	$(RUN) setup.py -q build_ext --inplace
+	@test -e .venv/editable || $(PIP) --no-deps --no-build-isolation -e .
+	@touch .venv/editable
 
 $(VENV):
 	$(PYTHON) -c 'import sys; sys.exit("error: needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -q --disable-pip-version-check $(TORCH) 'setuptools>=77' ninja==1.13.0
+	$(PIP) $(TORCH) 'setuptools>=77' ninja==1.13.0
 	touch $@
 
 $(READY): $(VENV) pyproject.toml
-	$(RUN) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[demo,test,lint]'
+	$(PIP) $$($(RUN) -c "$$EXTRAS")
 	touch $@
 
 clean:

@@ -3,9 +3,7 @@
 BATCHRENORM_CUDA=0/1   without / with the CUDA kernels; unset: with them if a toolkit is found
 CUDA_HOME              the toolkit; unset: CUDA_PATH, nvcc on PATH, /usr/local/cuda, pip's packages
 TORCH_CUDA_ARCH_LIST   as in "8.0;9.0+PTX"; unset: the visible GPUs, else ARCHITECTURES
-MAX_JOBS, CXX          compilers at a time, and which one; unset: one a core, c++
-
-The kernels compile against a CPU-only torch too, and one build runs on every torch from 2.11 on.
+MAX_JOBS CXX CXXFLAGS  compilers at a time (one a core), which one (c++), more flags for it
 """
 
 import os
@@ -19,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from subprocess import call, getoutput
 
-from setuptools import Extension, setup
+import setuptools
 from setuptools.command.build_ext import build_ext
 
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
@@ -29,10 +27,10 @@ CPU += ["csrc/cpu/isa.cpp", "csrc/cpu/isa_baseline.cpp"]
 CPU += ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp"]
 KERNELS = ["csrc/kernels/forward.cu", "csrc/kernels/backward.cu", "csrc/kernels/inference.cu"]
 CUDA, NO_CUDA = ["csrc/binding/cuda.cpp", *KERNELS], ["csrc/binding/no_cuda.cpp"]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 
 NINJA = """
-cpp = {cxx} -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {include} $
-      -DTORCH_TARGET_VERSION=0x020b000000000000
+cpp = {cxx} -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {flags}
 cu = {cuda}/bin/nvcc -ccbin {cxx} -std=c++17 -O3 -lineinfo {gencode} --threads {threads} $
       -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden
 rule compile
@@ -83,7 +81,6 @@ def choose_toolkit(torch_version: str, torch_cuda: str | None) -> tuple[Path | N
     for root, version in toolkits:
         if torch_cuda is None or version.split(".")[0] == torch_cuda.split(".")[0]:
             return root, version, f"nvcc {version} in {root}"
-    root, version = toolkits[0]
     index = f"https://download.pytorch.org/whl/cu{version.replace('.', '')}"
     sys.exit(f"error: torch {torch_version} is for CUDA {torch_cuda}, {root} is {version}. One of\n"
              f"  pip install torch --index-url {index}\n  export BATCHRENORM_CUDA=0\n"
@@ -111,19 +108,19 @@ def gencode(arch: str) -> str:
 
 
 class Build(build_ext):
-    def build_extension(self, ext: Extension) -> None:
+    def build_extension(self, ext: setuptools.Extension) -> None:
         torch, torch_version, torch_cuda = find_torch()
         cuda, nvcc, why = choose_toolkit(torch_version, torch_cuda)
         arches, seen = choose_architectures(cuda / "bin/nvcc") if cuda else ([], "")
         what = f"CPU and CUDA kernels for {';'.join(arches)} ({seen}; " if cuda else "CPU kernels ("
         print(f"batchrenorm_cuda: {what}{why}), against torch {torch_version}", flush=True)
-        include = f"-isystem {torch}/include -isystem {sysconfig.get_path('include')}"
+        flags = f"-isystem {torch}/include -isystem {sysconfig.get_path('include')}"
+        flags += f" -isystem {cuda}/include" * bool(cuda) + " " + os.environ.get("CXXFLAGS", "")
         libraries = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu"
         if cuda:  # the static runtime: torch may have none, or another minor version
-            include += f" -isystem {cuda}/include"
             libraries += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -ldl -lpthread"
         jobs, cxx = int(os.environ.get("MAX_JOBS") or os.cpu_count()), os.environ.get("CXX", "c++")
-        text = NINJA.format(cxx=cxx, include=include, libraries=libraries, cuda=cuda,
+        text = NINJA.format(cxx=cxx, flags=flags, libraries=libraries, cuda=cuda,
                             gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
         out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}")
         about = f"-DBRN_VERSION={self.distribution.get_version()} -DBRN_TORCH={torch_version}"
@@ -132,7 +129,7 @@ class Build(build_ext):
         for source in sources:
             text += f"build {out}/{source}.o: compile {source}\n"
             text += f"  compiler = ${source.rpartition('.')[2]}\n"
-            text += f"  defines = {about if 'introspection' in source else ''}\n"
+            text += f"  defines = {about if 'introspection' in source else STABLE_ABI}\n"
         text += f"build {out}/_C.so: link {' '.join(f'{out}/{source}.o' for source in sources)}\n"
         out.mkdir(parents=True, exist_ok=True)
         (out / "build.ninja").write_text(text)
@@ -146,4 +143,7 @@ class Build(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("batchrenorm_cuda._C", [])], cmdclass={"build_ext": Build})
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        sys.exit("error: needs setuptools 77 or newer. Run\n  pip install 'setuptools>=77,<82'")
+    extension = setuptools.Extension("batchrenorm_cuda._C", [])
+    setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})

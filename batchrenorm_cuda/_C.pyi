@@ -1,4 +1,7 @@
-"""What Python may ask about the build and about a launch. Importing it registers torch.ops.batchrenorm."""
+"""What Python may ask about the build and about a launch.
+
+Importing it registers torch.ops.batchrenorm.
+"""
 
 from typing import Literal, TypedDict
 

@@ -88,9 +88,7 @@ def explain(
         f"{'moved':>10}{'floor':>10}{'estimate':>10}{'of floor':>10}",
     ]
     for pass_ in ("forward", "backward", "inference"):
-        plan = _C.plan(
-            pass_, *sizes, layout=layout, dtype=names[dtype], sm_count=chip.sm_count
-        )
+        plan = _C.plan(pass_, *sizes, layout=layout, dtype=names[dtype], sm_count=chip.sm_count)
         floor = plan.bytes_moved / chip.copy / 1e3
         time = _estimate(plan, floor)
         lines.append(
@@ -100,7 +98,7 @@ def explain(
         )
     return "\n".join(lines) + (
         "\n\n"
-        "grid      teams x blocks of a team; a team shares a slab of channels and keeps it in registers\n"
+        "grid      teams x blocks of a team, which shares a slab of channels, kept in registers\n"
         "slots     registers of a thread that hold data x bytes of one memory access\n"
         "rounds    times a block fills its registers for a slab; all but the last are read twice\n"
         "waves     slabs that a team works through, one after the other\n"
@@ -109,8 +107,8 @@ def explain(
     )
 
 
-# The planner's model is of an H200 (csrc/core/plan.h, estimate()): a cost for the launch and the first load, which any chip
-# has, and the rest at an H200's bandwidth for each SM, which is scaled to this chip's here.
+# The planner's model is of an H200 (csrc/core/plan.h, estimate()): a cost for the launch and the
+# first load, which any chip has, and the rest at an H200's bandwidth for each SM, scaled here.
 _FIXED_MICROSECONDS = 3.3
 _MODEL_BYTES_PER_MICROSECOND_OF_SM = 4.3e6 / 132
 
@@ -126,7 +124,15 @@ def _bytes(count: float) -> str:
 
 
 def covers(architectures: Sequence[str], capability: tuple[int, int]) -> str | None:
-    """How kernels built for `architectures` ("8.0", "9.0a", "12.0+PTX") run on a GPU: "native", "through PTX", or None."""
+    """How kernels built for `architectures` run on a GPU of this compute capability.
+
+    Args:
+        architectures: as in TORCH_CUDA_ARCH_LIST: "8.0", "9.0a", "12.0+PTX".
+        capability: major, minor.
+
+    Returns:
+        "native", "through PTX" (compiled by the driver when first used), or None: not at all.
+    """
     major, minor = capability
     through_ptx = False
     for text in architectures:
@@ -148,7 +154,7 @@ def doctor() -> tuple[str, list[str]]:
     architectures = info["architectures"]
     lines = [
         f"batchrenorm_cuda {__version__} in {Path(__file__).parent}",
-        f"  built       {info['version']}, against torch {info['torch']}, compiler {info['compiler']}",
+        f"  built       {info['version']}, against torch {info['torch']}, by {info['compiler']}",
         "  kernels     CPU" + (f"; CUDA by nvcc {info['nvcc']}" if info["cuda"] else " only"),
     ]
     if info["cuda"]:
@@ -160,7 +166,8 @@ def doctor() -> tuple[str, list[str]]:
     ]
     if info["version"] != __version__:
         problems.append(
-            f"the compiled part is of version {info['version']}, the Python part of {__version__}: {REBUILD}"
+            f"the compiled part is of version {info['version']}, the Python part of {__version__}:"
+            f" {REBUILD}"
         )
     lines.append(f"  CPU         {_verdict(torch.device('cpu'), problems)}")
 
@@ -177,25 +184,26 @@ def doctor() -> tuple[str, list[str]]:
 def _gpu(index: int, info: dict, problems: list[str]) -> str:
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
-    name = f"{properties.name}, {capability[0]}.{capability[1]}, {properties.multi_processor_count} SMs"
+    chip = f"{capability[0]}.{capability[1]}"
+    name = f"{properties.name}, {chip}, {properties.multi_processor_count} SMs"
     if not info["cuda"]:
         problems.append(
             f"GPU {index} is there, but the build has no CUDA kernels. Install a CUDA toolkit"
-            f" {torch.version.cuda.split('.')[0]}.x (nvcc), or set CUDA_HOME to one; then: {REBUILD}"
+            f" {torch.version.cuda.split('.')[0]}.x (nvcc) or set CUDA_HOME to one; then: {REBUILD}"
         )
         return f"{name}: no kernels"
     how = covers(info["architectures"], capability)
     if how is None:
         problems.append(
-            f"GPU {index} has compute capability {capability[0]}.{capability[1]}, which this build"
-            f" does not cover: TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} {REBUILD}"
+            f"GPU {index} has compute capability {chip}, which this build does not cover:"
+            f" TORCH_CUDA_ARCH_LIST={chip} {REBUILD}"
         )
         return f"{name}: not covered"
     return f"{name}: {how}, {_verdict(torch.device('cuda', index), problems)}"
 
 
 def _verdict(device: torch.device, problems: list[str]) -> str:
-    """Runs one training step both ways, with r = 1 and d = 0, where Batch Renormalization is BatchNorm."""
+    """Runs one training step with r = 1 and d = 0, where Batch Renormalization is BatchNorm."""
     x = torch.randn(8, 5, 7, 3, generator=torch.Generator().manual_seed(0))
     dy = torch.randn(8, 5, 7, 3, generator=torch.Generator().manual_seed(1))
     try:
@@ -215,8 +223,8 @@ def _verdict(device: torch.device, problems: list[str]) -> str:
         return "fails"
     if not error < 1e-5:
         problems.append(
-            f"a training step on {device} is off by {error:.1e}. Please report it with the output of"
-            f" python -m batchrenorm_cuda parity --device {device.type}"
+            f"a training step on {device} is off by {error:.1e}. Please report it, with what"
+            f" python -m batchrenorm_cuda parity --device {device.type} prints"
         )
         return "wrong"
     return f"a training step is right (largest error {error:.0e})"

@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from batchrenorm_cuda import _C
 
-# The same examples on every run and no time limit on one: a failure is about the code, not the machine.
+# The same examples on every run, and no time limit: a failure is about the code, not the machine.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
@@ -40,4 +40,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     reports = [r for rs in terminalreporter.stats.values() for r in rs if hasattr(r, "keywords")]
     gpu = {r.nodeid: r.outcome for r in reports if "gpu" in r.keywords}
     skipped = sum(outcome == "skipped" for outcome in gpu.values())
-    terminalreporter.write_line(f"{len(gpu)} tests need a GPU: {skipped} skipped, {len(gpu) - skipped} run")
+    run = len(gpu) - skipped
+    terminalreporter.write_line(f"{len(gpu)} tests need a GPU: {skipped} skipped, {run} run")

@@ -186,7 +186,7 @@ def checkout(tmp_path_factory):
 
 def build(checkout: Path) -> str:
     arguments = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    environment = {**os.environ, "BATCHRENORM_CUDA": "0"}
+    environment = {**os.environ, "BATCHRENORM_CUDA": "0", "CXXFLAGS": "-O0"}
     done = subprocess.run(
         arguments, cwd=checkout, env=environment, capture_output=True, text=True, check=False
     )
@@ -209,7 +209,7 @@ def test_an_installed_package_is_complete(checkout, tmp_path):
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
     pip += ["--no-build-isolation", "--target", str(target), str(checkout)]
-    environment = {**os.environ, "BATCHRENORM_CUDA": "0"}
+    environment = {**os.environ, "BATCHRENORM_CUDA": "0", "CXXFLAGS": "-O0"}
     done = subprocess.run(pip, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

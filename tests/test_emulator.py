@@ -1,12 +1,15 @@
-"""The shipped CUDA kernels on the CPU, under the emulator of tests/simt: right against float64, the same bits in whatever
-order threads and blocks run, every output written and nothing else, control words as they were.
+"""The shipped CUDA kernels on the CPU, under the emulator of tests/simt: right against float64, the
+same bits in whatever order threads and blocks run, every output written and nothing else, control
+words as they were.
 
-Small chips (a few SMs) and small teams make small tensors take the paths that only large ones take on a GPU.
+Small chips (a few SMs) and small teams make small tensors take the paths that only large ones take
+on a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +30,8 @@ from simt.emulator import (
     Plan,
     Problem,
     Schedule,
+    decoded,
+    encoded,
     load,
     replace,
     rounded,
@@ -60,7 +65,9 @@ class Case:
     layout: Layout = FIRST
     alignment: int = 16
     sms: int = 4
-    choice: dict[str, int] = field(default_factory=dict)  # what the plan is made to be, beside what the planner says
+    choice: dict[str, int] = field(
+        default_factory=dict
+    )  # what the plan is made to be, beside what the planner says
     mean: float = 3.0
     std: float = 2.0
 
@@ -89,17 +96,43 @@ CASES = [
     Case("plane longer than a pass of the block", n=2, c=2, s=5000),
     Case("pass of the block longer than many planes", n=50, c=2, s=16),
     Case("team of two", n=6, c=3, s=64, choice={"threads": 64, "team": 2}),
-    Case("team of two, slabs in many waves", n=6, c=7, s=64, sms=1, choice={"threads": 64, "team": 2}),
-    Case("team of three, last wave not full", n=6, c=7, s=200, sms=2, choice={"threads": 64, "team": 3}),
+    Case(
+        "team of two, slabs in many waves", n=6, c=7, s=64, sms=1, choice={"threads": 64, "team": 2}
+    ),
+    Case(
+        "team of three, last wave not full",
+        n=6,
+        c=7,
+        s=200,
+        sms=2,
+        choice={"threads": 64, "team": 3},
+    ),
     Case("last block of the team nearly empty", n=9, c=2, s=64, choice={"threads": 64, "team": 5}),
     Case("one team on the whole chip", n=48, c=3, s=64, choice={"threads": 64, "team": 12}),
     Case("team larger than a warp", n=40, c=2, s=64, sms=36, choice={"threads": 64, "team": 36}),
     Case("rounds without a team", n=9, c=3, s=1000, choice={"threads": 64}),
     Case("rounds in a team", n=12, c=5, s=1000, sms=2, choice={"threads": 64, "team": 2}),
-    Case("rounds in a team, last round nearly empty", n=1, c=4, s=8448, sms=2, choice={"threads": 64, "team": 2}),
-    Case("rounds of odd planes in a team", n=90, c=3, s=49, sms=1, choice={"threads": 64, "team": 2}),
+    Case(
+        "rounds in a team, last round nearly empty",
+        n=1,
+        c=4,
+        s=8448,
+        sms=2,
+        choice={"threads": 64, "team": 2},
+    ),
+    Case(
+        "rounds of odd planes in a team", n=90, c=3, s=49, sms=1, choice={"threads": 64, "team": 2}
+    ),
     Case("large mean", n=8, c=3, s=256, mean=1e4, std=1.0),
-    Case("large mean in a team", n=8, c=3, s=256, mean=1e4, std=1.0, choice={"threads": 64, "team": 3}),
+    Case(
+        "large mean in a team",
+        n=8,
+        c=3,
+        s=256,
+        mean=1e4,
+        std=1.0,
+        choice={"threads": 64, "team": 3},
+    ),
     Case("small std", n=8, c=3, s=64, mean=0.0, std=1e-3),
     Case("rows: one channel", n=37, c=1, s=1, layout=LAST),
     Case("rows: one value a channel", n=1, c=5, s=1, layout=LAST),
@@ -114,9 +147,20 @@ CASES = [
     Case("rows: view at 8 bytes", n=4, c=64, s=9, layout=LAST, alignment=8),
     Case("rows: last stripe partly beyond C", n=3, c=72, s=49, layout=LAST, choice={"columns": 8}),
     Case("rows: one column", n=3, c=72, s=49, layout=LAST, choice={"columns": 1, "threads": 64}),
-    Case("rows: widest stripe", n=3, c=200, s=49, layout=LAST, choice={"columns": 16, "threads": 256}),
-    Case("rows: a block a row", n=3, c=130, s=49, layout=LAST, choice={"columns": 32, "threads": 128}),
-    Case("rows: team of two", n=9, c=40, s=49, layout=LAST, choice={"columns": 4, "threads": 64, "team": 2}),
+    Case(
+        "rows: widest stripe", n=3, c=200, s=49, layout=LAST, choice={"columns": 16, "threads": 256}
+    ),
+    Case(
+        "rows: a block a row", n=3, c=130, s=49, layout=LAST, choice={"columns": 32, "threads": 128}
+    ),
+    Case(
+        "rows: team of two",
+        n=9,
+        c=40,
+        s=49,
+        layout=LAST,
+        choice={"columns": 4, "threads": 64, "team": 2},
+    ),
     Case(
         "rows: team of three, slabs in many waves",
         n=9,
@@ -144,7 +188,14 @@ CASES = [
         sms=40,
         choice={"columns": 1, "threads": 64, "team": 39},
     ),
-    Case("rows: rounds without a team", n=20, c=24, s=49, layout=LAST, choice={"columns": 4, "threads": 64}),
+    Case(
+        "rows: rounds without a team",
+        n=20,
+        c=24,
+        s=49,
+        layout=LAST,
+        choice={"columns": 4, "threads": 64},
+    ),
     Case(
         "rows: rounds in a team",
         n=40,
@@ -154,7 +205,16 @@ CASES = [
         sms=2,
         choice={"columns": 4, "threads": 64, "team": 2},
     ),
-    Case("rows: large mean in a team", n=64, c=8, s=9, layout=LAST, mean=1e4, std=1.0, choice={"team": 3}),
+    Case(
+        "rows: large mean in a team",
+        n=64,
+        c=8,
+        s=9,
+        layout=LAST,
+        mean=1e4,
+        std=1.0,
+        choice={"team": 3},
+    ),
 ]
 
 
@@ -182,7 +242,8 @@ def blocks_per_sm(problem: Problem) -> int:
 
 
 def draw(case: Case, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Moving statistics near the batch's, so that r and d are clipped in some channels and free in others."""
+    """Moving statistics near the batch's, so that r and d are clipped in some channels and free in
+    others."""
     rng = np.random.default_rng(seed)
     real = np.float64 if dtype == "float64" else np.float32
     channel = (case.c, 1)
@@ -220,8 +281,8 @@ def assert_within(name: str, actual: np.ndarray, expected: np.ndarray, bound: np
     bound = np.broadcast_to(bound, error.shape)
     bad = ~(error <= bound)
     assert not bad.any(), (
-        f"{name}: {bad.sum()} of {bad.size} are off, first at {np.argwhere(bad)[0]}: got {actual[bad][0]}, "
-        f"want {float(expected[bad][0])} within {bound[bad][0]:.2e}"
+        f"{name}: {bad.sum()} of {bad.size} are off, first at {np.argwhere(bad)[0]}: "
+        f"got {actual[bad][0]}, want {float(expected[bad][0])} within {bound[bad][0]:.2e}"
     )
 
 
@@ -232,14 +293,19 @@ def column(values) -> np.ndarray:
 SLACK = 16  # roundings, in units of epsilon; the errors seen are about 2
 
 
-def check_forward(problem: Problem, got: dict, want: dict, weight, bias, running_mean=None, running_std=None):
+def check_forward(
+    problem: Problem, got: dict, want: dict, weight, bias, running_mean=None, running_std=None
+):
     unit = SLACK * epsilon(problem)
     w = 1.0 if weight is None else np.abs(column(weight))
     b = 0.0 if bias is None else np.abs(column(bias))
     # Where d is not clipped its error is that of mean - running_mean.
     shift = 0.0
     if running_mean is not None:
-        shift = column((np.abs(want["mean"] - want["pivot"]) + np.abs(want["pivot"] - running_mean)) / running_std)
+        shift = column(
+            (np.abs(want["mean"] - want["pivot"]) + np.abs(want["pivot"] - running_mean))
+            / running_std
+        )
     x_norm = np.abs(want["y_norm"])
     amplitude = w * (column(want["r"]) * (x_norm + 1) + np.abs(column(want["d"])) + shift) + b
     assert_within("y", got["y"], want["y"], half_ulp(problem, want["y"]) * 1.001 + unit * amplitude)
@@ -280,7 +346,9 @@ def over_schedules(emulator: Emulator, launch) -> dict[str, np.ndarray]:
         if first is None:
             first = out
         for name, value in bits(out).items():
-            assert value == bits(first)[name], f"{name} differs between {SCHEDULES[0]} and {schedule}"
+            assert value == bits(first)[name], (
+                f"{name} differs between {SCHEDULES[0]} and {schedule}"
+            )
     return first
 
 
@@ -297,7 +365,10 @@ def test_forward(emulator: Emulator, case: Case, dtype: str):
     tensors = {k: data[k] for k in ("weight", "bias", "running_mean", "running_std")}
     scalars = {"limits": (1.5, 0.7), "momentum": 0.25, "eps": 1e-5}
     got = over_schedules(
-        emulator, lambda: emulator.forward(problem, data["x"], plan=plan, num_batches_tracked=41, **tensors, **scalars)
+        emulator,
+        lambda: emulator.forward(
+            problem, data["x"], plan=plan, num_batches_tracked=41, **tensors, **scalars
+        ),
     )
     want = expected_forward(data["x"], num_batches_tracked=41, **tensors, **scalars)
     check_forward(problem, got, want, **tensors)
@@ -314,20 +385,34 @@ def test_backward(emulator: Emulator, case: Case, dtype: str, training: bool):
     data = draw(case, dtype)
     if training:
         forward = truth.forward(
-            data["x"], running_mean=data["running_mean"], running_std=data["running_std"], limits=(1.5, 0.7)
+            data["x"],
+            running_mean=data["running_mean"],
+            running_std=data["running_std"],
+            limits=(1.5, 0.7),
         )
-        rows = [forward["pivot"], forward["mean"] - forward["pivot"], forward["inv_std"], forward["r"], forward["d"]]
+        rows = [
+            forward["pivot"],
+            forward["mean"] - forward["pivot"],
+            forward["inv_std"],
+            forward["r"],
+            forward["d"],
+        ]
         stats = np.array(rows, np.longdouble).astype(problem.real)
         given = {"stats": stats}
     else:
         given = {k: data[k] for k in ("running_mean", "running_std")}
         one, zero = np.ones(case.c, problem.real), np.zeros(case.c, problem.real)
-        stats = np.array([data["running_mean"], zero, 1 / data["running_std"], one, zero], problem.real)
+        stats = np.array(
+            [data["running_mean"], zero, 1 / data["running_std"], one, zero], problem.real
+        )
     pivot, offset, inv_std, r, d = stats.astype(np.longdouble)
     if not training:
         inv_std = 1 / data["running_std"].astype(np.longdouble)
     got = over_schedules(
-        emulator, lambda: emulator.backward(problem, data["dy"], data["x"], weight=data["weight"], plan=plan, **given)
+        emulator,
+        lambda: emulator.backward(
+            problem, data["dy"], data["x"], weight=data["weight"], plan=plan, **given
+        ),
     )
     dy, x = data["dy"].astype(np.longdouble), data["x"].astype(np.longdouble)
     weight = data["weight"].astype(np.longdouble)
@@ -338,16 +423,21 @@ def test_backward(emulator: Emulator, case: Case, dtype: str, training: bool):
     unit = SLACK * epsilon(problem)
     m = case.n * case.s
     x_norm = np.abs((x - column(pivot + offset)) * column(inv_std))
-    # The kernel subtracts the pivot and then the offset: cancellation costs a rounding of the larger of the two.
+    # The kernel subtracts the pivot and then the offset: cancellation costs a rounding of the
+    # larger of the two.
     x_norm = x_norm + np.abs(column(offset * inv_std)) * 2
     sum_g, sum_gx = np.abs(dy).sum((0, 2)), (np.abs(dy) * x_norm).sum((0, 2))
     assert_within("dbias", got["dbias"], want["dbias"], unit * sum_g)
-    assert_within("dweight", got["dweight"], want["dweight"], unit * (r * sum_gx + np.abs(d) * sum_g))
+    assert_within(
+        "dweight", got["dweight"], want["dweight"], unit * (r * sum_gx + np.abs(d) * sum_g)
+    )
     amplitude = np.abs(dy)
     if training:
         amplitude = amplitude + column(sum_g) / m + x_norm * column(sum_gx) / m
     amplitude = amplitude * np.abs(column(weight * r * inv_std))
-    assert_within("dx", got["dx"], want["dx"], half_ulp(problem, want["dx"]) * 1.001 + unit * amplitude)
+    assert_within(
+        "dx", got["dx"], want["dx"], half_ulp(problem, want["dx"]) * 1.001 + unit * amplitude
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -359,17 +449,23 @@ def test_inference(emulator: Emulator, case: Case, dtype: str):
     data = draw(case, dtype)
     moving = {k: data[k] for k in ("running_mean", "running_std")}
     affine = {k: data[k] for k in ("weight", "bias")}
-    got = over_schedules(emulator, lambda: emulator.inference(problem, data["x"], plan=plan, **affine, **moving))
+    got = over_schedules(
+        emulator, lambda: emulator.inference(problem, data["x"], plan=plan, **affine, **moving)
+    )
     want = truth.inference(data["x"], **affine, **moving)
     x_norm = (data["x"] - column(moving["running_mean"])) / column(moving["running_std"])
-    amplitude = np.abs(column(affine["weight"])) * (np.abs(x_norm) + 1) + np.abs(column(affine["bias"]))
+    amplitude = np.abs(column(affine["weight"])) * (np.abs(x_norm) + 1) + np.abs(
+        column(affine["bias"])
+    )
     bound = half_ulp(problem, want) * 1.001 + SLACK * epsilon(problem) * amplitude
     assert_within("y", got["y"], want, bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", Layout)
-def test_renormalize_repeats_the_forward_bit_for_bit(emulator: Emulator, layout: Layout, dtype: str):
+def test_renormalize_repeats_the_forward_bit_for_bit(
+    emulator: Emulator, layout: Layout, dtype: str
+):
     """What activation checkpointing recomputes: y from the statistics of the first forward."""
     emulator.sm_count = 4
     emulator.schedule = SCHEDULES[0]
@@ -388,12 +484,16 @@ STATE_CASES = [
     Case("team of one", n=3, c=5, s=49),
     Case("a team", n=12, c=5, s=64, sms=2, choice={"threads": 64, "team": 2}),
     Case("more slabs than blocks that run at a time", n=2, c=40, s=16, sms=1),
-    Case("rows", n=9, c=40, s=49, layout=LAST, sms=2, choice={"columns": 4, "threads": 64, "team": 2}),
+    Case(
+        "rows", n=9, c=40, s=49, layout=LAST, sms=2, choice={"columns": 4, "threads": 64, "team": 2}
+    ),
 ]
 state = pytest.mark.parametrize("case", STATE_CASES, ids=str)
 
 
-def train(emulator: Emulator, case: Case, data: dict, dtype: str = "float32", **arguments) -> dict[str, np.ndarray]:
+def train(
+    emulator: Emulator, case: Case, data: dict, dtype: str = "float32", **arguments
+) -> dict[str, np.ndarray]:
     problem = case.problem(dtype)
     emulator.sm_count = case.sms
     plan = plan_for(emulator, Pass.FORWARD, problem, case.choice)
@@ -417,7 +517,8 @@ def test_what_may_be_null(emulator: Emulator, case: Case, missing: str):
 @state
 @pytest.mark.parametrize("step", [0, 4, 5, 6, 9, 10, 14, 15, 2**40], ids=lambda n: f"step-{n}")
 def test_the_schedule_is_read_before_the_counter_moves(emulator: Emulator, case: Case, step: int):
-    """Warm-up to step 5, then r_max to 3 at 15 and d_max to 5 at 10. A block that came late must not see step + 1."""
+    """Warm-up to step 5, then r_max to 3 at 15 and d_max to 5 at 10. A block that came late must
+    not see step + 1."""
     data = draw(case, "float32")
     arguments = {k: data[k] for k in ("weight", "bias", "running_mean", "running_std")}
     arguments.update(num_batches_tracked=step, schedule=np.array([5, 3.0, 15, 5.0, 10]))
@@ -429,7 +530,8 @@ def test_the_schedule_is_read_before_the_counter_moves(emulator: Emulator, case:
 
 @state
 def test_limits_may_jump_to_infinity(emulator: Emulator, case: Case):
-    """Plain batch normalisation up to the step, no clipping at all after it: y becomes (x - running_mean) / running_std."""
+    """Plain batch normalisation up to the step, no clipping at all after it: y becomes (x -
+    running_mean) / running_std."""
     data = draw(case, "float32")
     tensors = {k: data[k] for k in ("weight", "bias", "running_mean", "running_std")}
     schedule = np.array([7, np.inf, 7, np.inf, 7])
@@ -447,7 +549,12 @@ def test_limits_may_jump_to_infinity(emulator: Emulator, case: Case):
 def test_cumulative_average(emulator: Emulator, case: Case, step: int):
     data = draw(case, "float32")
     tensors = {k: data[k] for k in ("running_mean", "running_std")}
-    arguments = {"num_batches_tracked": step, "momentum": CUMULATIVE, "limits": (3.0, 5.0), **tensors}
+    arguments = {
+        "num_batches_tracked": step,
+        "momentum": CUMULATIVE,
+        "limits": (3.0, 5.0),
+        **tensors,
+    }
     got = over_schedules(emulator, lambda: train(emulator, case, data, **arguments))
     want = expected_forward(data["x"], **arguments)
     check_forward(case.problem("float32"), got, want, weight=None, bias=None, **tensors)
@@ -458,7 +565,9 @@ def test_cumulative_average(emulator: Emulator, case: Case, step: int):
 @state
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
-def test_a_nonfinite_value_stays_in_its_channel(emulator: Emulator, case: Case, dtype: str, value: float):
+def test_a_nonfinite_value_stays_in_its_channel(
+    emulator: Emulator, case: Case, dtype: str, value: float
+):
     data = draw(case, dtype)
     tensors = {k: data[k] for k in ("weight", "bias", "running_mean", "running_std")}
     clean = train(emulator, case, data, dtype, num_batches_tracked=3, **tensors)
@@ -501,7 +610,9 @@ def test_skip_nonfinite_takes_a_finite_batch(emulator: Emulator, case: Case, mis
     counter = {} if missing == "num_batches_tracked" else {"num_batches_tracked": 3}
     arguments = {"limits": (3.0, 5.0), "momentum": 0.5, **tensors, **counter}
     plain = train(emulator, case, data, **arguments)
-    got = over_schedules(emulator, lambda: train(emulator, case, data, skip_nonfinite=True, **arguments))
+    got = over_schedules(
+        emulator, lambda: train(emulator, case, data, skip_nonfinite=True, **arguments)
+    )
     assert bits(got) == bits(plain)
 
 
@@ -509,7 +620,9 @@ def test_skip_nonfinite_takes_a_finite_batch(emulator: Emulator, case: Case, mis
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
-def test_a_constant_channel_is_finite(emulator: Emulator, case: Case, dtype: str, eps: float, value: float):
+def test_a_constant_channel_is_finite(
+    emulator: Emulator, case: Case, dtype: str, eps: float, value: float
+):
     """No 0 / 0 and no 0 * inf, with eps = 0 either; y is weight * d + bias."""
     data = draw(case, dtype)
     data["x"][:, 1] = value
@@ -520,16 +633,56 @@ def test_a_constant_channel_is_finite(emulator: Emulator, case: Case, dtype: str
         (rounded(np.array(value), dtype) - data["running_mean"][1]) / data["running_std"][1], -5, 5
     )
     tolerance = {"float32": 1e-5, "float64": 1e-12}.get(dtype, 5e-2)
-    np.testing.assert_allclose(got["y"][:, 1], shift + data["bias"][1], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        got["y"][:, 1], shift + data["bias"][1], rtol=tolerance, atol=tolerance
+    )
     assert np.isfinite(got["stats"]).all() and np.isfinite(got["running_std"]).all()
     plan = plan_for(emulator, Pass.BACKWARD, problem, case.choice)
-    back = emulator.backward(problem, data["dy"], data["x"], weight=data["weight"], stats=got["stats"], plan=plan)
+    back = emulator.backward(
+        problem, data["dy"], data["x"], weight=data["weight"], stats=got["stats"], plan=plan
+    )
     for name in ("dx", "dweight", "dbias"):
         assert np.isfinite(back[name]).all(), name
 
 
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers_where_a_thread_begins(emulator: Emulator, layout: Layout, dtype: str):
+    """Moments are taken about a thread's first values; these are the worst ones to take them
+    about."""
+    emulator.sm_count, emulator.schedule = 4, SCHEDULES[0]
+    case = Case("", n=16, c=8, s=128, layout=layout, mean=0.0, std=1.0)
+    problem, data = case.problem(dtype), draw(case, dtype)
+    data["x"][0] += 1000
+    got = emulator.forward(problem, rounded(data["x"], dtype))
+    want = expected_forward(rounded(data["x"], dtype))
+    check_forward(problem, got, want, weight=None, bias=None)
+
+
+@state
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_backward_keeps_a_nan_in_its_channel(emulator: Emulator, case: Case, where: str):
+    emulator.sm_count = case.sms
+    problem, data = case.problem("float32"), draw(case, "float32")
+    plan = plan_for(emulator, Pass.BACKWARD, problem, case.choice)
+    stats = np.random.default_rng(1).uniform(0.5, 1.5, (5, case.c)).astype(np.float32)
+
+    def backward():
+        return emulator.backward(problem, data["dy"], data["x"], stats=stats, plan=plan)
+
+    clean = backward()
+    data[where][case.n - 1, 1, case.s - 1] = np.nan
+    got = over_schedules(emulator, backward)
+    others = np.arange(case.c) != 1
+    assert np.isnan(got["dx"][:, 1]).all() and np.isnan(got["dweight"][1])
+    assert (got["dx"][:, others] == clean["dx"][:, others]).all()
+    for name in ("dweight", "dbias"):
+        assert (got[name][others] == clean[name][others]).all()
+
+
 def test_workspace_serves_any_sequence_of_launches(emulator: Emulator):
-    """One set of control words for plans of every team size, forward and backward, never cleared in between."""
+    """One set of control words for plans of every team size, forward and backward, never cleared in
+    between."""
     emulator.schedule = Schedule(Order.RANDOM, 5)
     emulator.sm_count = 4
     case = Case("", n=24, c=3, s=64)
@@ -572,21 +725,145 @@ def test_unknown_slot_width_is_an_error(emulator: Emulator, which: Pass):
             emulator.inference(problem, data["x"], stats=np.ones((5, 2)), plan=plan)
 
 
+# ---- tensors larger than this machine ----
+
+
+def sparse(count: int, dtype: type) -> np.ndarray:
+    """Zeros that take no memory until they are touched."""
+    no_reserve = 0x4000  # MAP_NORESERVE; in Python's mmap from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return np.frombuffer(mmap.mmap(-1, count * np.dtype(dtype).itemsize, flags=flags), dtype)
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A few channels at the end of a tensor of more than 2^32 elements, and the same channels by
+    themselves."""
+
+    problem: Problem
+    small: Problem
+
+    def plan(self, emulator: Emulator, which: Pass) -> tuple[Plan, Plan]:
+        plan = emulator.plan(which, self.small)
+        if which != Pass.INFERENCE:
+            columns = self.small.channels // (plan.slot_bytes // ITEM_SIZE[self.small.dtype]) or 1
+            choice = {"slot_bytes": plan.slot_bytes, "slots": plan.slots, "columns": columns}
+            plan = emulator.cut(self.small, threads=256, team=1, **choice)
+        slabs = self.problem.channels // self.small.channels
+        assert plan.slabs == 1 and slabs * self.small.channels == self.problem.channels
+        return replace(plan, slabs=slabs, teams=slabs), plan
+
+    def view(self, x: np.ndarray) -> np.ndarray:
+        """The channels at the end, [N, C, S]."""
+        n, c, s = self.problem.shape
+        if self.problem.layout == LAST:
+            return x.reshape(n, s, c).transpose(0, 2, 1)[:, -self.small.channels :]
+        return x.reshape(n, c, s)[:, -self.small.channels :]
+
+
+CORNERS = [
+    Corner(
+        Problem(5, 2**16, 2**14 + 8, FIRST, "bfloat16"), Problem(5, 1, 2**14 + 8, FIRST, "bfloat16")
+    ),
+    Corner(Problem(3, 2**24, 173, FIRST, "float16"), Problem(3, 1, 173, FIRST, "float16")),
+    Corner(Problem(9, 2**26, 8, LAST, "float16"), Problem(9, 128, 8, LAST, "float16")),
+]
+
+
+@pytest.mark.parametrize("which", Pass, ids=lambda which: which.name.lower())
+@pytest.mark.parametrize("corner", CORNERS, ids=["long planes", "many channels", "long rows"])
+def test_more_than_two_to_the_32_elements(emulator: Emulator, corner: Corner, which: Pass):
+    """Only the last block runs. What it makes of its channels is what it makes of them alone, bit
+    for bit."""
+    problem, small = corner.problem, corner.small
+    assert np.prod(problem.shape) > 2**32
+    emulator.sm_count, emulator.schedule = 4, SCHEDULES[0]
+    data = draw(Case("", *small.shape, layout=small.layout), small.dtype)
+    plan, small_plan = corner.plan(emulator, which)
+    channels, last = problem.channels, slice(-small.channels, None)
+    stats = np.random.default_rng(1).uniform(0.5, 1.5, (5, small.channels)).astype(np.float32)
+
+    tensors = {}
+    for name in ("x", "dy"):
+        stored = encoded(data[name], small.dtype)
+        tensors[name] = sparse(int(np.prod(problem.shape)), stored.dtype)
+        corner.view(tensors[name])[:] = stored
+    out = sparse(int(np.prod(problem.shape)), stored.dtype)
+    per_channel = sparse(7 * channels, np.float32).reshape(7, channels)
+    if which != Pass.FORWARD:
+        per_channel[:5, last] = stats
+    big_stats, dweight, dbias = per_channel[:5], per_channel[5], per_channel[6]
+    null = None
+    if which == Pass.FORWARD:
+        want = emulator.forward(small, data["x"], plan=small_plan)
+        arrays = (tensors["x"], out, *(null,) * 6, big_stats, null, null, null)
+        rest = ((ctypes.c_double * 4)(1.0, 0.0, 0.01, 1e-5), 0)
+        function = emulator.library.simt_forward
+    elif which == Pass.BACKWARD:
+        want = emulator.backward(small, data["dy"], data["x"], stats=stats, plan=small_plan)
+        arrays = (
+            tensors["dy"],
+            tensors["x"],
+            out,
+            null,
+            big_stats,
+            null,
+            null,
+            dweight,
+            dbias,
+            null,
+            null,
+        )
+        rest, function = (), emulator.library.simt_backward
+    else:
+        want = emulator.inference(small, data["x"], stats=stats, plan=small_plan)
+        arrays = (tensors["x"], out, null, null, big_stats, null, null)
+        rest, function = (), emulator.library.simt_inference
+    pointers = (ctypes.c_void_p * len(arrays))(
+        *(None if a is None else a.ctypes.data for a in arrays)
+    )
+    emulator.library.simt_select_blocks(plan.blocks - plan.team, plan.team)
+    try:
+        assert function(problem.fields(), plan.fields(), pointers, *rest) == 0
+    finally:
+        emulator.library.simt_select_blocks(0, 0)
+    got = {"dx" if which == Pass.BACKWARD else "y": decoded(corner.view(out), small.dtype)}
+    if which == Pass.FORWARD:
+        got["stats"] = big_stats[:, last]
+    elif which == Pass.BACKWARD:
+        got |= {"dweight": dweight[last], "dbias": dbias[last]}
+    for name, value in got.items():
+        assert np.ascontiguousarray(value).tobytes() == want[name].tobytes(), name
+
+
 # ---- the emulator itself ----
 
 RULES = build.REPOSITORY / "tests/simt/rules.cu"
-KERNELS = [line.split()[2].split("(")[0] for line in RULES.read_text().splitlines() if line.startswith("__global__")]
+KERNELS = [
+    line.split()[2].split("(")[0]
+    for line in RULES.read_text().splitlines()
+    if line.startswith("__global__")
+]
 
 
-@pytest.fixture(scope="module")
-def rules() -> ctypes.CDLL:
-    sources = ("tests/simt/rules.cu", "tests/simt/fiber.cpp", "tests/simt/scheduler.cpp")
-    library = ctypes.CDLL(str(build.library(sanitize=sanitizing(), sources=sources)))
+@pytest.fixture(scope="module", params=["", "-DSIMT_UCONTEXT"], ids=["fibers", "ucontext"])
+def rules(request) -> ctypes.CDLL:
+    """With both ways to switch fibers: this machine's own, and the portable one."""
+    defines = (request.param,) if request.param else ()
+    sources = ("tests/simt/rules.cu",)
+    path = build.library(sanitize=sanitizing(), defines=defines, sources=sources)
+    library = ctypes.CDLL(str(path))
     library.rules_last_error.restype = ctypes.c_char_p
     return library
 
 
-def run_rule(library: ctypes.CDLL, kernel: str, schedule: Schedule, blocks: int = 2, cooperative: bool = False):
+def run_rule(
+    library: ctypes.CDLL,
+    kernel: str,
+    schedule: Schedule,
+    blocks: int = 2,
+    cooperative: bool = False,
+):
     out = np.zeros(64, np.uint32)
     code = library.rules_run(
         KERNELS.index(kernel),
@@ -641,7 +918,8 @@ def test_emulator_runs_cooperative_blocks_side_by_side(rules, schedule):
 
 @each_schedule
 def test_emulator_promises_an_ordinary_launch_nothing(rules, schedule):
-    """Blocks that wait for one another without a cooperative launch hang a GPU on a bad day, and the emulator always."""
+    """Blocks that wait for one another without a cooperative launch hang a GPU on a bad day, and
+    the emulator always."""
     code, message, _ = run_rule(rules, "waits_for_the_others", schedule, blocks=6)
     assert code == LAUNCH_FAILURE and "deadlock" in message
 
@@ -657,9 +935,12 @@ def test_emulator_orders_differ_and_repeat(rules):
     assert orders[0] == tuple(range(16)) and orders[1] == tuple(reversed(range(16)))
 
 
-@pytest.mark.skipif(sanitizing(), reason="the sanitizer ends the process here, which is its way to notice")
+@pytest.mark.skipif(
+    sanitizing(), reason="the sanitizer ends the process here, which is its way to notice"
+)
 def test_guard_zones_notice(emulator: Emulator):
-    """Two plans that are wrong: a share too short leaves outputs unwritten, a slot too wide writes past the last one."""
+    """Two plans that are wrong: a share too short leaves outputs unwritten, a slot too wide writes
+    past the last one."""
     emulator.sm_count = 4
     emulator.schedule = SCHEDULES[0]
     case = Case("", n=1, c=3, s=1, layout=LAST)
@@ -667,7 +948,9 @@ def test_guard_zones_notice(emulator: Emulator):
     tensors = {k: data[k] for k in ("running_mean", "running_std")}
     plan = emulator.plan(Pass.INFERENCE, problem)
     with pytest.raises(MemoryError_, match="not written"):
-        emulator.inference(problem, data["x"], plan=replace(plan, slabs=1, teams=1, columns=2), **tensors)
+        emulator.inference(
+            problem, data["x"], plan=replace(plan, slabs=1, teams=1, columns=2), **tensors
+        )
     with pytest.raises(MemoryError_, match="bytes behind y were overwritten"):
         wide = replace(plan, slot_bytes=8, slots=16, columns=1, slabs=2, teams=2, share=1024)
         emulator.inference(problem, data["x"], plan=wide, **tensors)

@@ -13,7 +13,9 @@ from batchrenorm_cuda.__main__ import main
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    "shape", [[32, 64, 56, 56], [256, 256], [1, 1], [8, 3, 7], [2, 65, 5, 4, 3], [4, 1, 9, 9]], ids=str
+    "shape",
+    [[32, 64, 56, 56], [256, 256], [1, 1], [8, 3, 7], [2, 65, 5, 4, 3], [4, 1, 9, 9]],
+    ids=str,
 )
 def test_explain_has_a_line_for_each_pass(shape, channels_last):
     for chip, dtype in itertools.product(introspect.CHIPS, introspect.DTYPES.values()):
@@ -53,7 +55,10 @@ def test_explain_refuses(arguments, complaint):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("sideways", 1, 1, 1, {}), "pass must be one of forward, backward, inference, got sideways"),
+        (
+            ("sideways", 1, 1, 1, {}),
+            "pass must be one of forward, backward, inference, got sideways",
+        ),
         (("forward", 0, 1, 1, {}), "batch, channels and spatial"),
         (("forward", 1, 1, 1, {"layout": "nhwc"}), "layout must be one of"),
         (("forward", 1, 1, 1, {"dtype": "int8"}), "dtype must be one of"),

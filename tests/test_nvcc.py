@@ -1,8 +1,8 @@
-"""nvcc's own verdict on the shipped kernels, for every architecture and without a GPU: no warnings, nothing spilled from
-registers to memory, and as many blocks an SM as the planner counts on.
+"""nvcc's own verdict on the shipped kernels, for every architecture and without a GPU: no warnings,
+nothing spilled from registers to memory, and as many blocks an SM as the planner counts on.
 
-All seven architectures cost about 140 CPU seconds once; the logs are cached under build/nvcc by a digest of sources, flags
-and nvcc. BATCHRENORM_NVCC_ARCHITECTURES="7.5;9.0" takes fewer.
+All seven architectures cost about 140 CPU seconds once; the logs are cached under build/nvcc by a
+digest of sources, flags and nvcc. BATCHRENORM_NVCC_ARCHITECTURES="7.5;9.0" takes fewer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ KERNELS = ("forward", "backward", "inference")
 FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", "--Werror", "all-warnings")
 CACHE = build.REPOSITORY / "build" / "nvcc"
 
-# Shared memory of an SM in bytes, of which each resident block takes 1 KB for the system from sm_80 on.
+# Shared memory of an SM in bytes, of which each resident block takes 1 KB for the system from sm_80
+# on.
 SHARED_MEMORY = {
     "7.5": 64 << 10,
     "8.0": 164 << 10,
@@ -123,32 +124,44 @@ def compile_log(nvcc: Path, version: str, kernel: str, architecture: str) -> str
 
 @pytest.fixture(scope="module")
 def logs():
-    """A future of the compiler's log for each kernel and architecture, as many at a time as there are cores."""
+    """A function from kernel and architecture to the compiler's log. nvcc runs ahead of the tests,
+    one a core."""
     nvcc = find_nvcc()
     if nvcc is None:
-        pytest.skip("no CUDA toolkit: nvcc with its headers is not here, so the kernels were not compiled for a GPU")
-    version = subprocess.run([str(nvcc), "--version"], check=True, capture_output=True, text=True).stdout
+        pytest.skip("no CUDA toolkit: neither nvcc nor its headers are here to compile the kernels")
+    version = subprocess.run(
+        [str(nvcc), "--version"], check=True, capture_output=True, text=True
+    ).stdout
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the tests themselves run side by side
+        yield lambda kernel, architecture: compile_log(nvcc, version, kernel, architecture)
+        return
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        yield {
+        ahead = {
             (kernel, architecture): pool.submit(compile_log, nvcc, version, kernel, architecture)
             for architecture in architectures()
             for kernel in KERNELS
         }
+        yield lambda kernel, architecture: ahead[kernel, architecture].result()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("architecture", architectures())
 def test_kernel_fits_its_registers(logs, architecture: str, kernel: str):
-    found = parse(logs[kernel, architecture].result())
+    found = parse(logs(kernel, architecture))
     # Two layouts times the slot widths: 2 of double, 3 of float, 4 each of half and bfloat16.
     assert len(found) == 2 * (2 + 3 + 4 + 4) and {r.kernel for r in found} == {kernel}
     for r in found:
-        print(f"{architecture} {r.kernel} {r.dtype} {r.layout} {r.slot_bytes}: {r.registers} registers, {r.shared} bytes")
+        where = f"{architecture} {r.kernel} {r.dtype} {r.layout} {r.slot_bytes}"
+        print(f"{where}: {r.registers} registers, {r.shared} bytes")
     spilling = [r for r in found if r.spilled or r.stack]
     assert not spilling, f"spilled to local memory: {spilling}"
     for r in found:
         # Registers are handed out to a warp in units of 256, 8 a lane.
         registers = -(-r.registers // 8) * 8 * THREADS
-        assert r.blocks_per_sm * registers <= REGISTERS, f"the planner counts on more blocks an SM: {r}"
-        assert r.blocks_per_sm * (r.shared + 1024) <= SHARED_MEMORY[architecture], f"too much shared memory: {r}"
+        assert r.blocks_per_sm * registers <= REGISTERS, (
+            f"the planner counts on more blocks an SM: {r}"
+        )
+        assert r.blocks_per_sm * (r.shared + 1024) <= SHARED_MEMORY[architecture], (
+            f"too much shared memory: {r}"
+        )
         assert r.shared <= 48 << 10

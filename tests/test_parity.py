@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import by_name, each_case
@@ -19,6 +21,7 @@ CPU = torch.device("cpu")
 def test_every_case_passes_on_the_cpu(case, dtype):
     verdict = check(case, dtype, CPU)
     assert verdict.ok, report.line(verdict)
+    assert all(math.isfinite(result.peer) for result in verdict.results.values())
 
 
 @pytest.mark.parametrize("situation", situations.SITUATIONS, ids=lambda s: s.name)
@@ -289,3 +292,14 @@ def test_an_empty_selection_is_an_error(capsys):
     with pytest.raises(SystemExit):
         parity.main(["--only", "no such case"])
     assert "no such case" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "nonsense", "meta"])
+def test_a_device_that_cannot_be_used_is_one_clear_error(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parity.main(["--device", name])
+    assert exit_.value.code == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("python -m batchrenorm_cuda parity: ")
+    )

@@ -1,4 +1,5 @@
-"""Properties of the launch planner, for any shape and any number of SMs: csrc/core/plan.h decides, and no GPU is needed."""
+"""Properties of the launch planner, for any shape and any number of SMs: csrc/core/plan.h decides,
+and no GPU is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def problems(draw, largest: int = 2**36):
     """Sizes from 1 to `largest` elements, with plenty of small, of round and of odd numbers."""
     small = st.integers(1, 70)
     common = st.sampled_from([64, 65, 96, 100, 128, 192, 256, 512, 1000, 1024, 2048, 4096])
-    spatial = st.sampled_from([1, 7 * 7, 14 * 14, 28 * 28, 56 * 56, 112 * 112, 224 * 224, 16 * 112 * 112])
+    spatial = st.sampled_from(
+        [1, 7 * 7, 14 * 14, 28 * 28, 56 * 56, 112 * 112, 224 * 224, 16 * 112 * 112]
+    )
     large = st.integers(1, 2**33)
     n = draw(st.one_of(small, common, st.integers(1, 2**20)))
     c = draw(st.one_of(small, common, st.integers(1, 100_000)))
@@ -88,7 +91,9 @@ def test_every_position_has_one_owner(which, p, sm_count):
     got = plan(which, p, sm_count)
     per_position = got.lanes if p["layout"] == "channels_first" else 1
     assert got.positions * per_position == p["batch"] * p["spatial"]
-    assert (got.team - 1) * got.share < got.positions <= got.team * got.share, "and no block is empty"
+    assert (got.team - 1) * got.share < got.positions <= got.team * got.share, (
+        "and no block is empty"
+    )
     assert (got.slabs - 1) * got.slab_channels < p["channels"] <= got.slabs * got.slab_channels
 
 
@@ -134,7 +139,9 @@ def test_threads_fit_the_kernels(which, p, sm_count):
     got = plan(which, p, sm_count)
     assert is_power_of_two(got.threads) and _C.MIN_THREADS <= got.threads <= _C.MAX_THREADS
     assert got.threads % 32 == 0
-    assert is_power_of_two(got.columns) and got.columns <= 32, "a warp reduces what lies a power of two apart"
+    assert is_power_of_two(got.columns) and got.columns <= 32, (
+        "a warp reduces what lies a power of two apart"
+    )
     assert is_power_of_two(got.slab_channels) and got.slab_channels <= _C.MAX_SLAB_CHANNELS
     assert got.slab_channels <= got.threads, "each channel has a thread that finishes it"
     if p["layout"] == "channels_first":
@@ -164,7 +171,10 @@ def test_workspace(which, p, sm_count):
 def test_a_plan_is_a_value(which, p, sm_count):
     got = plan(which, p, sm_count)
     assert got == plan(which, p, sm_count) and repr(got) == repr(plan(which, p, sm_count))
-    assert f".team = {got.team}, .teams = {got.teams}, .rounds = {got.rounds}, .share = {got.share}" in repr(got)
+    assert (
+        f".team = {got.team}, .teams = {got.teams}, .rounds = {got.rounds}, .share = {got.share}"
+        in repr(got)
+    )
     assert got.microseconds > 0
 
 
@@ -190,7 +200,11 @@ def test_more_elements_than_an_int_counts(which, layout, dtype, n, c, s):
         per_position = got.lanes if layout == "channels_first" else 1
         assert got.positions * per_position == n * s
         assert (got.team - 1) * got.share < got.positions <= got.team * got.share
-        assert (got.rounds - 1) * got.positions_per_round < got.share <= got.rounds * got.positions_per_round
+        assert (
+            (got.rounds - 1) * got.positions_per_round
+            < got.share
+            <= got.rounds * got.positions_per_round
+        )
         assert 0 < got.blocks < 2**31
         assert got.bytes_moved == (3 if which == "backward" else 2) * n * c * s * ITEM_SIZE[dtype]
 
@@ -214,7 +228,8 @@ H200 = 132
 
 @pytest.fixture(scope="module")
 def planner() -> Emulator:
-    """The same header, compiled for the emulator, which also completes a choice that is not the planner's."""
+    """The same header, compiled for the emulator, which also completes a choice that is not the
+    planner's."""
     return load()
 
 
@@ -235,9 +250,11 @@ def resnet_plan(which, batch, channels, side, layout, dtype):
 @pytest.mark.parametrize("batch", [128, 256])
 @pytest.mark.parametrize(("channels", "side"), [(c, side) for c, side in RESNET50 if side >= 14])
 def test_resnet50_nchw_reads_large_batches_once(which, batch, channels, side, dtype):
-    """Large enough that time is memory traffic: a channel that half the chip's registers hold is read once.
+    """Large enough that time is memory traffic: a channel that half the chip's registers hold is
+    read once.
 
-    Half, because a single team runs in lockstep: all of it reads, all of it waits, all of it writes.
+    Half, because a single team runs in lockstep: all of it reads, all of it waits, all of it
+    writes.
     """
     tensors = 2 if which == "backward" else 1
     got = resnet_plan(which, batch, channels, side, "channels_first", dtype)
@@ -254,7 +271,8 @@ def test_resnet50_nchw_reads_large_batches_once(which, batch, channels, side, dt
 def test_resnet50_no_plan_that_reads_once_is_expected_to_be_faster(
     planner, which, batch, channels, side, layout, dtype
 ):
-    """The planner tries a few team sizes; here every width of a slab that registers hold is, by the same estimate."""
+    """The planner tries a few team sizes; here every width of a slab that registers hold is, by the
+    same estimate."""
     got = resnet_plan(which, batch, channels, side, layout, dtype)
     problem = Problem(batch, channels, side * side, Layout(LAYOUTS.index(layout)), dtype)
     step = Pass[which.upper()]
@@ -264,7 +282,12 @@ def test_resnet50_no_plan_that_reads_once_is_expected_to_be_faster(
         team = ceil_div(got.positions, THREADS // columns * got.slots)
         if team > got.resident_blocks // 2:  # one team alone has nobody to work while it waits
             continue
-        choice = {"slot_bytes": got.slot_bytes, "columns": columns, "slots": got.slots, "threads": THREADS}
+        choice = {
+            "slot_bytes": got.slot_bytes,
+            "columns": columns,
+            "slots": got.slots,
+            "threads": THREADS,
+        }
         once = planner.cut(problem, H200, team=team, **choice)
         assert once.rounds == 1
         assert got.microseconds <= planner.estimate(step, problem, once, H200) * 1.0001, once
@@ -279,7 +302,8 @@ def test_resnet50_keeps_every_sm_busy(which, layout, channels, side):
 
 
 def test_a_small_2d_layer_is_one_wave_without_barriers():
-    """The reinforcement-learning case, 256 x 256: latency counts, so no cooperative launch and many blocks."""
+    """The reinforcement-learning case, 256 x 256: latency counts, so no cooperative launch and many
+    blocks."""
     p = {
         "batch": 256,
         "channels": 256,
@@ -297,7 +321,14 @@ def test_a_small_2d_layer_is_one_wave_without_barriers():
 
 @pytest.mark.parametrize(
     ("keyword", "value"),
-    [("layout", "nchw"), ("dtype", "int8"), ("sm_count", 0), ("alignment", 3), ("alignment", 1), ("alignment", 32)],
+    [
+        ("layout", "nchw"),
+        ("dtype", "int8"),
+        ("sm_count", 0),
+        ("alignment", 3),
+        ("alignment", 1),
+        ("alignment", 32),
+    ],
 )
 def test_a_wrong_argument_is_named(keyword, value):
     with pytest.raises(ValueError, match=keyword):

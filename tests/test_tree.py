@@ -86,9 +86,9 @@ def test_the_table_would_notice(path, line):
 def listed_paths(readme: str) -> set[str]:
     """The paths in the ```text block under the heading "The tree".
 
-    A line holds a path, two spaces or more, and free text. A line that is indented belongs to the folder, ending in a
-    slash, above it that is indented less. Paths may hold the wildcards of fnmatch. A folder with nothing below it in the
-    list stands for all that is in it.
+    A line holds a path, two spaces or more, and free text. A line that is indented belongs to the
+    folder, ending in a slash, above it that is indented less. Paths may hold the wildcards of
+    fnmatch. A folder with nothing below it in the list stands for all that is in it.
     """
     block = re.search(r"^#+ The tree\n.*?^```text\n(.*?)^```", readme, re.M | re.S)
     assert block, 'README.md must have a ```text block under a heading "The tree"'
@@ -131,7 +131,8 @@ def test_the_readme_lists_the_tree():
 
 
 def test_the_readme_test_would_notice():
-    readme = "## The tree\n\n```text\nsetup.py  builds\ncsrc/\n  core/  all of it\n  cpu/\n    f*.cpp  x\n```\n"
+    tree = "setup.py  builds\ncsrc/\n  core/  all of it\n  cpu/\n    f*.cpp  x\n"
+    readme = f"## The tree\n\n```text\n{tree}```\n"
     listed = listed_paths(readme)
     assert listed == {"setup.py", "csrc/core/", "csrc/cpu/f*.cpp"}
     files = {"setup.py", "csrc/core/a.h", "csrc/core/b.h", "csrc/cpu/forward.cpp"}
@@ -141,6 +142,7 @@ def test_the_readme_test_would_notice():
 
 
 def test_linters_are_pinned_alike():
-    pins = dict(re.findall(r'"(ruff|clang-format)==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    project = (ROOT / "pyproject.toml").read_text()
+    pins = dict(re.findall(r'"(ruff|clang-format)==([\d.]+)"', project))
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert re.findall(r"rev: v([\d.]+)", hooks) == [pins["ruff"], pins["clang-format"]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -41,10 +42,31 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _default_device() -> str:
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, by default CUDA where this build and this torch can use it.
+
+    Raises:
+        ValueError: for one that cannot be used, saying why.
+    """
     from batchrenorm_cuda import _C
 
-    return "cuda" if torch.cuda.is_available() and _C.build_info()["cuda"] else "cpu"
+    built, there = bool(_C.build_info()["cuda"]), torch.cuda.is_available()
+    if name is None:
+        name = "cuda" if built and there else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"there are kernels for cpu and cuda, not for {name!r}")
+    if device.type == "cuda":
+        if not built:
+            raise ValueError(
+                "this build has no CUDA kernels: see python -m batchrenorm_cuda doctor"
+            )
+        if not there or (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"torch {torch.__version__} sees no device {name!r}")
+    return device
 
 
 def _selected(args: argparse.Namespace) -> tuple[list[Case], list[Situation]]:
@@ -97,8 +119,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not cases and not situations:
         parser().error(f"no case has {args.only!r} in its name")
-    device = torch.device(args.device or _default_device())
+    try:
+        device = usable_device(args.device)
+    except ValueError as error:
+        parser().error(str(error))
     dtypes = FLOATS if "all" in args.dtype else [_DTYPES[name] for name in args.dtype]
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _run_all(cases, situations, dtypes, device)
+
+
+def _run_all(
+    cases: Sequence[Case],
+    situations: Sequence[Situation],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> int:
     started = time.perf_counter()
     print(*report.environment(device), report.LEGEND, "", sep="\n")
     verdicts = run(cases, dtypes, device)

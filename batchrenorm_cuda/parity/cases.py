@@ -478,14 +478,14 @@ SIZES = [
         (4, 10, 90, 90),
         "the same in rows of channels",
         form="channels_last",
-        large=(8, 40, 500, 500),
+        large=(8, 40, 200, 200),
         dtypes=TRAINING_DTYPES,
     ),
     Case(
         "several slabs a team",
         (2, 300, 30, 30),
         "more channels in teams than the chip holds at once: barriers are used again",
-        large=(64, 700, 56, 56),
+        large=(16, 700, 56, 56),
         dtypes=TRAINING_DTYPES,
     ),
     Case(

@@ -17,6 +17,8 @@ from .tensors import Tensors, column, limits_at, momentum_at, statistic_dtype
 # is missing.
 Results = dict[str, Tensor]
 
+_NO_EPS = 1e-30  # F.batch_norm refuses 0; this much added to a variance changes no bit of it
+
 
 def _leaf(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
@@ -161,11 +163,10 @@ def by_pytorch(case: Case, t: Tensors) -> Results:
     beta = d if weight is None else weight.to(real) * d
     beta = beta if bias is None else beta + bias.to(real)
     if case.training or t.running_mean is None:
-        y = F.batch_norm(
-            x, None, None, gamma, beta, True, 0.0, max(case.eps, 1e-30)
-        )  # it refuses 0
+        y = F.batch_norm(x, None, None, gamma, beta, True, 0.0, max(case.eps, _NO_EPS))
     else:
-        y = F.batch_norm(x, t.running_mean, t.running_std.square(), gamma, beta, False, 0.0, 0.0)
+        var = t.running_std.square()
+        y = F.batch_norm(x, t.running_mean, var, gamma, beta, False, 0.0, _NO_EPS)
     results = _backward(y, t.dy, x, weight, bias)
     state = _by_reference(case, t, real, torch.zeros_like(r))
     return results | {

@@ -72,6 +72,8 @@ def line(verdict: Verdict) -> str:
 def summary(verdicts: list[Verdict], seconds: float, device: torch.device) -> str:
     failed = sum(not v.ok for v in verdicts)
     result = f"{failed} of {len(verdicts)} FAILED" if failed else f"all {len(verdicts)} passed"
-    worst = max(verdicts, key=lambda v: v.used)
-    of = f"worst {100 * worst.used:.0f}% of the allowance ({worst.case}, {dtype_name(worst.dtype)})"
-    return f"parity on {device}: {result}, {of}, torch {torch.__version__}, {seconds:.0f} s"
+    worst = max(verdicts, key=lambda v: v.used, default=None)
+    if worst is not None and worst.results:
+        where = f"{worst.case}, {dtype_name(worst.dtype)}"
+        result += f", worst {100 * worst.used:.0f}% of the allowance ({where})"
+    return f"parity on {device}: {result}, torch {torch.__version__}, {seconds:.0f} s"

@@ -1,7 +1,8 @@
-// What the operators refuse and how they see the rest: argument checks and memory formats, one copy for all devices.
+// What the operators refuse and how they see the rest: argument checks and memory formats, one copy
+// for all devices.
 //
-// These checks keep direct callers of torch.ops.batchrenorm within memory. Python users meet ValueErrors earlier, in
-// batchrenorm_cuda/functional.py.
+// These checks keep direct callers of torch.ops.batchrenorm within memory. Python users meet
+// ValueErrors earlier, in batchrenorm_cuda/functional.py.
 #pragma once
 
 #include "../core/types.h"
@@ -22,7 +23,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A RuntimeError in Python. Not STD_TORCH_CHECK, whose messages begin with a function name, a path and a line.
+// A RuntimeError in Python. Not STD_TORCH_CHECK, whose messages begin with a function name, a path
+// and a line.
 template <typename... Parts>
 void require(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -45,12 +47,18 @@ struct NameOf {
   ScalarType type;
   friend std::ostream& operator<<(std::ostream& os, NameOf n) {
     switch (n.type) {
-      case ScalarType::Float: return os << "float32";
-      case ScalarType::Half: return os << "float16";
-      case ScalarType::BFloat16: return os << "bfloat16";
-      case ScalarType::Double: return os << "float64";
-      case ScalarType::Long: return os << "int64";
-      default: return os << torch::headeronly::toString(n.type);
+      case ScalarType::Float:
+        return os << "float32";
+      case ScalarType::Half:
+        return os << "float16";
+      case ScalarType::BFloat16:
+        return os << "bfloat16";
+      case ScalarType::Double:
+        return os << "float64";
+      case ScalarType::Long:
+        return os << "int64";
+      default:
+        return os << torch::headeronly::toString(n.type);
     }
   }
 };
@@ -59,18 +67,24 @@ struct DeviceOf {
   const Tensor& tensor;
   friend std::ostream& operator<<(std::ostream& os, DeviceOf d) {
     if (d.tensor.is_cpu()) return os << "cpu";
-    return os << (d.tensor.is_cuda() ? "cuda:" : "another device, index ") << d.tensor.get_device_index();
+    return os << (d.tensor.is_cuda() ? "cuda:" : "another device, index ")
+              << d.tensor.get_device_index();
   }
 };
 
 inline DType dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
     default:
-      require(false, name, " must be float32, float16, bfloat16 or float64, got ", NameOf{x.scalar_type()});
+      require(false, name, " must be float32, float16, bfloat16 or float64, got ",
+              NameOf{x.scalar_type()});
       return DType::kFloat32;
   }
 }
@@ -86,30 +100,33 @@ inline void check_input(const Tensor& x) {
 }
 
 inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
-  require(t.device() == x.device(), name, " must be on the device of x, ", DeviceOf{x}, ", got ", DeviceOf{t});
+  require(t.device() == x.device(), name, " must be on the device of x, ", DeviceOf{x}, ", got ",
+          DeviceOf{t});
 }
 
 inline void check_cotangent(const Tensor& dy, const Tensor& x) {
   bool same = dy.dim() == x.dim();
   for (std::int64_t i = 0; same && i < x.dim(); ++i) same = dy.size(i) == x.size(i);
   require(same, "dy must have the shape of x, ", ShapeOf{x}, ", got ", ShapeOf{dy});
-  require(dy.scalar_type() == x.scalar_type(), "dy must be ", NameOf{x.scalar_type()}, " as x, got ",
-          NameOf{dy.scalar_type()});
+  require(dy.scalar_type() == x.scalar_type(), "dy must be ", NameOf{x.scalar_type()},
+          " as x, got ", NameOf{dy.scalar_type()});
   check_device(dy, x, "dy");
 }
 
 // A tensor of one statistic, weight or bias a channel; or of `rows` of them.
-inline void check_channels(const Tensor& t, const Tensor& x, const char* name, std::int64_t rows = 0) {
+inline void check_channels(const Tensor& t, const Tensor& x, const char* name,
+                           std::int64_t rows = 0) {
   const std::int64_t channels = x.size(1);
   if (rows == 0) {
-    require(t.dim() == 1 && t.size(0) == channels, name, " must have shape [", channels, "], got ", ShapeOf{t});
+    require(t.dim() == 1 && t.size(0) == channels, name, " must have shape [", channels, "], got ",
+            ShapeOf{t});
   } else {
-    require(t.dim() == 2 && t.size(0) == rows && t.size(1) == channels, name, " must have shape [", rows, ", ", channels,
-            "], got ", ShapeOf{t});
+    require(t.dim() == 2 && t.size(0) == rows && t.size(1) == channels, name, " must have shape [",
+            rows, ", ", channels, "], got ", ShapeOf{t});
   }
   const ScalarType type = statistic_type(x);
-  require(t.scalar_type() == type, name, " must be ", NameOf{type}, " for x in ", NameOf{x.scalar_type()}, ", got ",
-          NameOf{t.scalar_type()});
+  require(t.scalar_type() == type, name, " must be ", NameOf{type}, " for x in ",
+          NameOf{x.scalar_type()}, ", got ", NameOf{t.scalar_type()});
   check_device(t, x, name);
 }
 
@@ -122,7 +139,8 @@ inline void check_in_place(const Tensor& t, const char* name) {
   require(t.is_contiguous(), name, " must be contiguous: it is updated in place");
 }
 
-// Whether x fills its memory in this order without gaps or overlaps. The stride of a dimension of one is never used.
+// Whether x fills its memory in this order without gaps or overlaps. The stride of a dimension of
+// one is never used.
 inline bool is_dense(const Tensor& x, Layout layout) {
   const auto sizes = x.sizes();
   const auto strides = x.strides();
@@ -139,7 +157,8 @@ inline bool is_dense(const Tensor& x, Layout layout) {
   return follows(0);
 }
 
-// A copy of x in this order. contiguous() knows channels_last for 4 and 5 dimensions only, so C is moved by hand.
+// A copy of x in this order. contiguous() knows channels_last for 4 and 5 dimensions only, so C is
+// moved by hand.
 inline Tensor copy_as(Tensor x, Layout layout) {
   const std::int64_t last = x.dim() - 1;
   if (layout == Layout::kChannelsFirst) return torch::stable::contiguous(x);
@@ -155,14 +174,18 @@ inline Tensor aligned(const Tensor& x) {
   return address % x.element_size() == 0 ? x : torch::stable::clone(x);
 }
 
-inline Tensor as(const Tensor& x, Layout layout) { return aligned(is_dense(x, layout) ? x : copy_as(x, layout)); }
+inline Tensor as(const Tensor& x, Layout layout) {
+  return aligned(is_dense(x, layout) ? x : copy_as(x, layout));
+}
 
 // Columns of weights may come expanded or strided: kernels read them as [C], or as [rows][C].
 inline Tensor packed(const Tensor& t) { return torch::stable::contiguous(t); }
-inline OptionalTensor packed(const OptionalTensor& t) { return t ? OptionalTensor(packed(*t)) : std::nullopt; }
+inline OptionalTensor packed(const OptionalTensor& t) {
+  return t ? OptionalTensor(packed(*t)) : std::nullopt;
+}
 
-// The format that the kernels read x in. With one pixel a channel (2-D input) it is a matrix of rows, whichever way one
-// looks at it.
+// The format that the kernels read x in. With one pixel a channel (2-D input) it is a matrix of
+// rows, whichever way one looks at it.
 inline Layout layout_of(const Tensor& x) {
   const bool one_pixel = x.numel() == x.size(0) * x.size(1);
   if (!one_pixel && is_dense(x, Layout::kChannelsFirst)) return Layout::kChannelsFirst;
@@ -177,7 +200,8 @@ inline int alignment_of(std::initializer_list<const void*> pointers) {
 }
 
 // x is dense in this layout, and not empty.
-inline Problem problem_of(const Tensor& x, Layout layout, std::initializer_list<const void*> pointers) {
+inline Problem problem_of(const Tensor& x, Layout layout,
+                          std::initializer_list<const void*> pointers) {
   Problem p;
   p.batch = x.size(0);
   p.channels = x.size(1);

@@ -11,8 +11,8 @@ cpu::Parallel torch_threads() {
   parallel.threads = static_cast<int>(torch::stable::get_num_threads());
   parallel.run = [](std::int64_t begin, std::int64_t end, std::int64_t grain,
                     void (*body)(std::int64_t, std::int64_t, void*), void* context) {
-    torch::stable::parallel_for(begin, end, grain,
-                                [&](std::int64_t from, std::int64_t to) { body(from, to, context); });
+    torch::stable::parallel_for(
+        begin, end, grain, [&](std::int64_t from, std::int64_t to) { body(from, to, context); });
   };
   return parallel;
 }

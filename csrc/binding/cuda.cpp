@@ -8,14 +8,16 @@
 #include <cuda_runtime.h>
 
 // Weak: a CPU-only torch has no such function, and the CPU operators must load there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
 
 namespace brn::binding {
 namespace {
 
 cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
-  require(aoti_torch_get_current_cuda_stream != nullptr, "x is on ", DeviceOf{x}, ", but this torch has no CUDA");
+  require(aoti_torch_get_current_cuda_stream != nullptr, "x is on ", DeviceOf{x},
+          ", but this torch has no CUDA");
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
@@ -29,17 +31,19 @@ void check_launch(cudaError_t error, const char* pass) {
   if (error == cudaErrorNoKernelImageForDevice) {
     cudaGetLastError();
     require(false, "batchrenorm_cuda: no ", pass,
-            " kernel was built for this GPU. Build again with TORCH_CUDA_ARCH_LIST set to its compute capability "
+            " kernel was built for this GPU. Build again with TORCH_CUDA_ARCH_LIST set to its "
+            "compute capability "
             "(`python -m batchrenorm_cuda doctor` prints the command)");
   }
   check_cuda(error, pass);
 }
 
-// Launches what `run(plan, workspace)` launches, on fewer SMs if the device does not hold all the blocks at once: another
-// process may hold a part of it (MPS), or the stream may be given a part of it only (green contexts).
+// Launches what `run(plan, workspace)` launches, on fewer SMs if the device does not hold all the
+// blocks at once: another process may hold a part of it (MPS), or the stream may be given a part of
+// it only (green contexts).
 template <typename Planner, typename Run>
-void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream_t stream, bool counts, bool proposes,
-                 Planner planner, Run run) {
+void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream_t stream,
+                 bool counts, bool proposes, Planner planner, Run run) {
   DeviceState& state = device_state(x.get_device_index());
   std::optional<Tensor> proposals, partials;
   Workspace workspace;
@@ -76,15 +80,18 @@ struct Cuda {
 
   static void forward(const Problem& p, const ForwardParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
-    launch_team("forward", p, x, stream, params.num_batches_tracked || params.skip_nonfinite, params.skip_nonfinite,
-                plan_forward,
-                [&](const Plan& plan, const Workspace& w) { return launch_forward(p, plan, params, w, stream); });
+    launch_team("forward", p, x, stream, params.num_batches_tracked || params.skip_nonfinite,
+                params.skip_nonfinite, plan_forward, [&](const Plan& plan, const Workspace& w) {
+                  return launch_forward(p, plan, params, w, stream);
+                });
   }
 
   static void backward(const Problem& p, const BackwardParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
     launch_team("backward", p, x, stream, false, false, plan_backward,
-                [&](const Plan& plan, const Workspace& w) { return launch_backward(p, plan, params, w, stream); });
+                [&](const Plan& plan, const Workspace& w) {
+                  return launch_backward(p, plan, params, w, stream);
+                });
   }
 
   static void inference(const Problem& p, const InferenceParams& params, const Tensor& x) {

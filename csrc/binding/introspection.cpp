@@ -1,5 +1,6 @@
-// What Python may ask about the build and about a launch, without a GPU. Loading this module also runs the library
-// initialisers of the other files in the shared object, which register the operators.
+// What Python may ask about the build and about a launch, without a GPU. Loading this module also
+// runs the library initialisers of the other files in the shared object, which register the
+// operators.
 #include "../core/math.h"
 #include "../core/plan.h"
 
@@ -40,7 +41,8 @@ constexpr Name<DType> kDTypes[] = {{"float32", DType::kFloat32},
                                    {"float16", DType::kFloat16},
                                    {"bfloat16", DType::kBFloat16},
                                    {"float64", DType::kFloat64}};
-constexpr Name<Layout> kLayouts[] = {{"channels_first", Layout::kChannelsFirst}, {"channels_last", Layout::kChannelsLast}};
+constexpr Name<Layout> kLayouts[] = {{"channels_first", Layout::kChannelsFirst},
+                                     {"channels_last", Layout::kChannelsLast}};
 constexpr Name<Pass> kPasses[] = {
     {"forward", Pass::kForward}, {"backward", Pass::kBackward}, {"inference", Pass::kInference}};
 
@@ -54,7 +56,8 @@ T parse(const char* argument, const std::string& got, const Name<T> (&names)[kCo
   throw std::invalid_argument(std::string(argument) + " must be one of " + known + ", got " + got);
 }
 
-// A plan together with what it was made for, so that Python asks one question and reads all the answers.
+// A plan together with what it was made for, so that Python asks one question and reads all the
+// answers.
 struct LaunchPlan {
   Pass pass;
   Problem problem;
@@ -64,15 +67,19 @@ struct LaunchPlan {
 
 Plan make_plan(Pass pass, const Problem& p, const Device& device) {
   switch (pass) {
-    case Pass::kForward: return plan_forward(p, device);
-    case Pass::kBackward: return plan_backward(p, device);
-    case Pass::kInference: break;
+    case Pass::kForward:
+      return plan_forward(p, device);
+    case Pass::kBackward:
+      return plan_backward(p, device);
+    case Pass::kInference:
+      break;
   }
   return plan_inference(p, device);
 }
 
-LaunchPlan launch_plan(const std::string& pass, std::int64_t batch, std::int64_t channels, std::int64_t spatial,
-                       const std::string& layout, const std::string& dtype, int sm_count, int alignment) {
+LaunchPlan launch_plan(const std::string& pass, std::int64_t batch, std::int64_t channels,
+                       std::int64_t spatial, const std::string& layout, const std::string& dtype,
+                       int sm_count, int alignment) {
   LaunchPlan l;
   l.pass = parse("pass", pass, kPasses);
   l.problem.batch = batch;
@@ -82,11 +89,15 @@ LaunchPlan launch_plan(const std::string& pass, std::int64_t batch, std::int64_t
   l.problem.dtype = parse("dtype", dtype, kDTypes);
   l.problem.alignment = alignment;
   l.device.sm_count = sm_count;
-  if (batch < 1 || channels < 1 || spatial < 1) throw std::invalid_argument("batch, channels and spatial must be at least 1");
-  if (sm_count < 1) throw std::invalid_argument("sm_count must be at least 1, got " + std::to_string(sm_count));
-  if (alignment < size_of(l.problem.dtype) || alignment > 16 || (alignment & (alignment - 1)) != 0) {
-    throw std::invalid_argument("alignment must be a power of two from the size of an element to 16, got " +
-                                std::to_string(alignment));
+  if (batch < 1 || channels < 1 || spatial < 1)
+    throw std::invalid_argument("batch, channels and spatial must be at least 1");
+  if (sm_count < 1)
+    throw std::invalid_argument("sm_count must be at least 1, got " + std::to_string(sm_count));
+  if (alignment < size_of(l.problem.dtype) || alignment > 16 ||
+      (alignment & (alignment - 1)) != 0) {
+    throw std::invalid_argument(
+        "alignment must be a power of two from the size of an element to 16, got " +
+        std::to_string(alignment));
   }
   l.plan = make_plan(l.pass, l.problem, l.device);
   return l;
@@ -99,13 +110,15 @@ std::string repr(const LaunchPlan& l) {
 }
 
 void define(py::module_& m) {
-  m.def("build_info", &build_info, "What was built: version, torch, compiler, cuda, nvcc, architectures.");
+  m.def("build_info", &build_info,
+        "What was built: version, torch, compiler, cuda, nvcc, architectures.");
 
   // The plan's own numbers, and those that need the problem or the device too.
   const auto plan_field = [](auto field) {
     return py::cpp_function([field](const LaunchPlan& l) { return l.plan.*field; });
   };
-  py::class_<LaunchPlan>(m, "Plan", "How one pass is cut into blocks; csrc/core/plan.h explains the fields.")
+  py::class_<LaunchPlan>(m, "Plan",
+                         "How one pass is cut into blocks; csrc/core/plan.h explains the fields.")
       .def_property_readonly("slot_bytes", plan_field(&Plan::slot_bytes))
       .def_property_readonly("columns", plan_field(&Plan::columns))
       .def_property_readonly("slots", plan_field(&Plan::slots))
@@ -117,33 +130,45 @@ void define(py::module_& m) {
       .def_property_readonly("slabs", plan_field(&Plan::slabs))
       .def_property_readonly("blocks", [](const LaunchPlan& l) { return l.plan.blocks(); })
       .def_property_readonly("waves", [](const LaunchPlan& l) { return l.plan.waves(); })
-      .def_property_readonly("positions_per_pass", [](const LaunchPlan& l) { return l.plan.positions_per_pass(); })
-      .def_property_readonly("positions_per_round", [](const LaunchPlan& l) { return l.plan.positions_per_round(); })
+      .def_property_readonly("positions_per_pass",
+                             [](const LaunchPlan& l) { return l.plan.positions_per_pass(); })
+      .def_property_readonly("positions_per_round",
+                             [](const LaunchPlan& l) { return l.plan.positions_per_round(); })
       .def_property_readonly("lanes", [](const LaunchPlan& l) { return lanes(l.problem, l.plan); })
-      .def_property_readonly("slab_channels", [](const LaunchPlan& l) { return slab_channels(l.problem, l.plan); })
-      .def_property_readonly("positions", [](const LaunchPlan& l) { return positions(l.problem, l.plan.slot_bytes); })
-      .def_property_readonly("control_words", [](const LaunchPlan& l) { return control_words(l.plan.teams); })
-      .def_property_readonly("partials_bytes", [](const LaunchPlan& l) { return partials_bytes(l.problem, l.plan); })
-      .def_property_readonly("proposals_bytes", [](const LaunchPlan& l) { return proposals_bytes(l.problem); })
+      .def_property_readonly("slab_channels",
+                             [](const LaunchPlan& l) { return slab_channels(l.problem, l.plan); })
+      .def_property_readonly(
+          "positions", [](const LaunchPlan& l) { return positions(l.problem, l.plan.slot_bytes); })
+      .def_property_readonly("control_words",
+                             [](const LaunchPlan& l) { return control_words(l.plan.teams); })
+      .def_property_readonly("partials_bytes",
+                             [](const LaunchPlan& l) { return partials_bytes(l.problem, l.plan); })
+      .def_property_readonly("proposals_bytes",
+                             [](const LaunchPlan& l) { return proposals_bytes(l.problem); })
       .def_property_readonly("sm_count", [](const LaunchPlan& l) { return l.device.sm_count; })
-      .def_property_readonly("resident_blocks",
-                             [](const LaunchPlan& l) { return resident_blocks(l.problem, l.device.sm_count); },
-                             "Blocks that the device is sure to hold at once.")
-      .def_property_readonly("bytes_moved",
-                             [](const LaunchPlan& l) {
-                               return tensors_moved(l.pass) * l.problem.elements() * size_of(l.problem.dtype);
-                             },
-                             "The floor: every tensor of the problem's size crosses the memory bus once.")
-      .def_property_readonly("microseconds",
-                             [](const LaunchPlan& l) { return estimate(l.problem, l.plan, l.device, l.pass); },
-                             "What the planner expects, to compare plans by: a model of an H200, not a measurement.")
+      .def_property_readonly(
+          "resident_blocks",
+          [](const LaunchPlan& l) { return resident_blocks(l.problem, l.device.sm_count); },
+          "Blocks that the device is sure to hold at once.")
+      .def_property_readonly(
+          "bytes_moved",
+          [](const LaunchPlan& l) {
+            return tensors_moved(l.pass) * l.problem.elements() * size_of(l.problem.dtype);
+          },
+          "The floor: every tensor of the problem's size crosses the memory bus once.")
+      .def_property_readonly(
+          "microseconds",
+          [](const LaunchPlan& l) { return estimate(l.problem, l.plan, l.device, l.pass); },
+          "What the planner expects, to compare plans by: a model of an H200, not a measurement.")
       .def("__eq__", [](const LaunchPlan& a, const LaunchPlan& b) { return a.plan == b.plan; })
       .def("__repr__", &repr);
 
-  m.def("plan", &launch_plan, py::arg("pass_"), py::arg("batch"), py::arg("channels"), py::arg("spatial"), py::kw_only(),
-        py::arg("layout") = "channels_first", py::arg("dtype") = "float32", py::arg("sm_count") = Device{}.sm_count,
+  m.def("plan", &launch_plan, py::arg("pass_"), py::arg("batch"), py::arg("channels"),
+        py::arg("spatial"), py::kw_only(), py::arg("layout") = "channels_first",
+        py::arg("dtype") = "float32", py::arg("sm_count") = Device{}.sm_count,
         py::arg("alignment") = 16,
-        "The plan of a pass (forward, backward, inference) over x of [batch, channels, spatial] on sm_count SMs.");
+        "The plan of a pass (forward, backward, inference) over x of [batch, channels, spatial] on "
+        "sm_count SMs.");
 
   m.attr("MAX_THREADS") = kMaxThreads;
   m.attr("MIN_THREADS") = kMinThreads;

@@ -1,5 +1,5 @@
-// Stands in for cuda.cpp in a build without a CUDA toolkit, so that a CUDA tensor gets an answer and not the dispatcher's
-// list of backends.
+// Stands in for cuda.cpp in a build without a CUDA toolkit, so that a CUDA tensor gets an answer
+// and not the dispatcher's list of backends.
 #include "operators.h"
 
 namespace brn::binding {
@@ -9,7 +9,8 @@ struct NoCuda {
   struct Guard {
     explicit Guard(const Tensor&) {
       require(false,
-              "batchrenorm_cuda was built without its CUDA kernels. Install a CUDA toolkit (nvcc) or set CUDA_HOME to one, "
+              "batchrenorm_cuda was built without its CUDA kernels. Install a CUDA toolkit (nvcc) "
+              "or set CUDA_HOME to one, "
               "then build again: pip install --no-build-isolation --force-reinstall --no-deps . "
               "(`python -m batchrenorm_cuda doctor` shows what this build has)");
     }

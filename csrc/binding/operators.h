@@ -1,4 +1,5 @@
-// The operators of schema.cpp: check, guard, allocate, pack. What is left, to plan and to launch, is the Backend's:
+// The operators of schema.cpp: check, guard, allocate, pack. What is left, to plan and to launch,
+// is the Backend's:
 //
 //   Backend::Guard(x)                       makes x's device current, or says why there is none
 //   Backend::forward(problem, params, x)    and likewise backward and inference
@@ -31,11 +32,12 @@ inline Tensor new_gradient(const Tensor& x) {
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const OptionalTensor& running_mean, const OptionalTensor& running_std,
-                                   const OptionalTensor& num_batches_tracked, const OptionalTensor& schedule,
-                                   std::optional<double> momentum, double eps, double r_max, double d_max,
-                                   bool skip_nonfinite) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
+                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                   const OptionalTensor& running_std,
+                                   const OptionalTensor& num_batches_tracked,
+                                   const OptionalTensor& schedule, std::optional<double> momentum,
+                                   double eps, double r_max, double d_max, bool skip_nonfinite) {
   const typename Backend::Guard guard(x);
   check_input(x);
   check_channels(weight, x, "weight");
@@ -47,20 +49,25 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   if (running_mean) check_in_place(*running_mean, "running_mean");
   if (running_std) check_in_place(*running_std, "running_std");
   if (num_batches_tracked) {
-    require(num_batches_tracked->numel() == 1 && num_batches_tracked->scalar_type() == ScalarType::Long,
-            "num_batches_tracked must be one int64, got ", NameOf{num_batches_tracked->scalar_type()}, " of shape ",
-            ShapeOf{*num_batches_tracked});
+    require(
+        num_batches_tracked->numel() == 1 && num_batches_tracked->scalar_type() == ScalarType::Long,
+        "num_batches_tracked must be one int64, got ", NameOf{num_batches_tracked->scalar_type()},
+        " of shape ", ShapeOf{*num_batches_tracked});
     check_device(*num_batches_tracked, x, "num_batches_tracked");
   }
   if (schedule) {
-    require(schedule->dim() == 1 && schedule->size(0) == 5 && schedule->scalar_type() == ScalarType::Double,
-            "schedule must be float64 of shape [5], got ", NameOf{schedule->scalar_type()}, " of shape ",
-            ShapeOf{*schedule});
+    require(schedule->dim() == 1 && schedule->size(0) == 5 &&
+                schedule->scalar_type() == ScalarType::Double,
+            "schedule must be float64 of shape [5], got ", NameOf{schedule->scalar_type()},
+            " of shape ", ShapeOf{*schedule});
     check_device(*schedule, x, "schedule");
-    require(num_batches_tracked.has_value(), "schedule needs num_batches_tracked, the step it is evaluated at");
+    require(num_batches_tracked.has_value(),
+            "schedule needs num_batches_tracked, the step it is evaluated at");
   }
-  require(momentum || num_batches_tracked, "momentum=None, the cumulative average, needs num_batches_tracked");
-  require(!momentum || (*momentum >= 0 && *momentum <= 1), "momentum must be in [0, 1], got ", momentum.value_or(0));
+  require(momentum || num_batches_tracked,
+          "momentum=None, the cumulative average, needs num_batches_tracked");
+  require(!momentum || (*momentum >= 0 && *momentum <= 1), "momentum must be in [0, 1], got ",
+          momentum.value_or(0));
   require(eps >= 0, "eps must be at least 0, got ", eps);
   require(r_max >= 1, "r_max must be at least 1, got ", r_max);
   require(d_max >= 0, "d_max must be at least 0, got ", d_max);
@@ -70,7 +77,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
 
   const Layout layout = layout_of(x);
   const Tensor input = as(x, layout);
-  const OptionalTensor packed_weight = packed(weight), packed_bias = packed(bias), packed_schedule = packed(schedule);
+  const OptionalTensor packed_weight = packed(weight), packed_bias = packed(bias),
+                       packed_schedule = packed(schedule);
   Tensor y = torch::stable::empty_like(input);
 
   ForwardParams params;
@@ -91,7 +99,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   return {y, stats};
 }
 
-// `stats` of a training step, or moving statistics: packed, and null where they are not what is normalised with.
+// `stats` of a training step, or moving statistics: packed, and null where they are not what is
+// normalised with.
 struct Statistics {
   OptionalTensor stats, running_mean, running_std;
 
@@ -116,7 +125,8 @@ struct Statistics {
 };
 
 template <typename Backend>
-Tensor normalize(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Statistics& statistics) {
+Tensor normalize(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                 const Statistics& statistics) {
   check_channels(weight, x, "weight");
   check_channels(bias, x, "bias");
   if (x.numel() == 0) return torch::stable::empty_like(x);
@@ -137,7 +147,8 @@ Tensor normalize(const Tensor& x, const OptionalTensor& weight, const OptionalTe
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& dy, const Tensor& x,
+                                                 const OptionalTensor& weight,
                                                  const Statistics& statistics) {
   check_cotangent(dy, x);
   check_channels(weight, x, "weight");
@@ -162,31 +173,34 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& dy, const Tensor&
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                                            const Tensor& stats) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x,
+                                            const OptionalTensor& weight, const Tensor& stats) {
   const typename Backend::Guard guard(x);
   check_input(x);
   return differentiate<Backend>(dy, x, weight, Statistics(stats, x));
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> inference_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                                                      const Tensor& running_mean, const Tensor& running_std) {
+std::tuple<Tensor, Tensor, Tensor> inference_backward(const Tensor& dy, const Tensor& x,
+                                                      const OptionalTensor& weight,
+                                                      const Tensor& running_mean,
+                                                      const Tensor& running_std) {
   const typename Backend::Guard guard(x);
   check_input(x);
   return differentiate<Backend>(dy, x, weight, Statistics(running_mean, running_std, x));
 }
 
 template <typename Backend>
-Tensor renormalize(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& stats) {
+Tensor renormalize(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const Tensor& stats) {
   const typename Backend::Guard guard(x);
   check_input(x);
   return normalize<Backend>(x, weight, bias, Statistics(stats, x));
 }
 
 template <typename Backend>
-Tensor inference(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& running_mean,
-                 const Tensor& running_std) {
+Tensor inference(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                 const Tensor& running_mean, const Tensor& running_std) {
   const typename Backend::Guard guard(x);
   check_input(x);
   return normalize<Backend>(x, weight, bias, Statistics(running_mean, running_std, x));

@@ -1,13 +1,16 @@
-// Control words for launches whose blocks meet or count: memory that is zero before its first use ever and that every launch
-// leaves ready for the next.
+// Control words for launches whose blocks meet or count: memory that is zero before its first use
+// ever and that every launch leaves ready for the next.
 //
-// Two launches that may overlap must not share a slot. Eager work on one stream runs in order, so a slot belongs to a stream.
-// A captured graph may be replayed on another stream while eager work runs, so what is captured never shares with eager work:
-// it takes a slot for its capture and its stream, which no later capture is given. (A graph does not overlap itself.) Streams
-// are told apart by their id: a handle may be used again for another stream while work of the first is still under way.
+// Two launches that may overlap must not share a slot. Eager work on one stream runs in order, so a
+// slot belongs to a stream. A captured graph may be replayed on another stream while eager work
+// runs, so what is captured never shares with eager work: it takes a slot for its capture and its
+// stream, which no later capture is given. (A graph does not overlap itself.) Streams are told
+// apart by their id: a handle may be used again for another stream while work of the first is still
+// under way.
 //
-// The first call may well come during a capture, so a slot is never allocated by torch, whose pool would belong to the
-// graph, nor zeroed on the capturing stream, which would make a memset node of it. Slots are cut from chunks.
+// The first call may well come during a capture, so a slot is never allocated by torch, whose pool
+// would belong to the graph, nor zeroed on the capturing stream, which would make a memset node of
+// it. Slots are cut from chunks.
 #pragma once
 
 #include "../core/plan.h"
@@ -25,13 +28,16 @@ namespace brn::binding {
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // an error that is reported must not surface again in someone else's call
-  require(false, "batchrenorm_cuda: ", what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+  require(false, "batchrenorm_cuda: ", what, ": ", cudaGetErrorName(error), ": ",
+          cudaGetErrorString(error));
 }
 
 // Lets this thread allocate while one of its streams, or another thread's, is being captured.
 class RelaxedCapture {
  public:
-  RelaxedCapture() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  RelaxedCapture() {
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+  }
   ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
   RelaxedCapture(const RelaxedCapture&) = delete;
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
@@ -40,8 +46,8 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// The slots of one device. They are never given back: a captured graph may hold on to its own for as long as the process
-// lives, and 64 of them are 1.6 MB on a chip of 132 SMs.
+// The slots of one device. They are never given back: a captured graph may hold on to its own for
+// as long as the process lives, and 64 of them are 1.6 MB on a chip of 132 SMs.
 class ControlPool {
  public:
   // The slot for work on `stream` as it is now, eager or capturing. The device must be current.
@@ -64,24 +70,30 @@ class ControlPool {
   }
 
  private:
-  using Key = std::tuple<bool, unsigned long long, unsigned long long>;  // capturing, capture id, stream id
+  using Key =
+      std::tuple<bool, unsigned long long, unsigned long long>;  // capturing, capture id, stream id
   static constexpr int kSlotsOfChunk = 64;
 
-  // As many teams as the chip can hold when they have two blocks each; a lone block needs no barrier.
+  // As many teams as the chip can hold when they have two blocks each; a lone block needs no
+  // barrier.
   static std::int64_t words(int sm_count) {
     constexpr int kMostBlocks = blocks_per_sm(Layout::kChannelsFirst, 2);
-    static_assert(kMostBlocks >= blocks_per_sm(Layout::kChannelsLast, 2), "the layout with more blocks sizes the slots");
+    static_assert(kMostBlocks >= blocks_per_sm(Layout::kChannelsLast, 2),
+                  "the layout with more blocks sizes the slots");
     return control_words(sm_count * kMostBlocks / 2);
   }
 
-  // On a stream of its own, waited for: the chunk is zero for every stream that will use it, and no capture sees it.
+  // On a stream of its own, waited for: the chunk is zero for every stream that will use it, and no
+  // capture sees it.
   void grow(int sm_count) {
     const RelaxedCapture relaxed;
-    const std::size_t bytes = static_cast<std::size_t>(words(sm_count)) * sizeof(unsigned) * kSlotsOfChunk;
+    const std::size_t bytes =
+        static_cast<std::size_t>(words(sm_count)) * sizeof(unsigned) * kSlotsOfChunk;
     void* chunk = nullptr;
     cudaStream_t stream = nullptr;
     check_cuda(cudaMalloc(&chunk, bytes), "cudaMalloc of control words");
-    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+               "cudaStreamCreateWithFlags");
     cudaError_t error = cudaMemsetAsync(chunk, 0, bytes, stream);
     if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
     cudaStreamDestroy(stream);
@@ -96,7 +108,8 @@ class ControlPool {
   int left_ = 0;
 };
 
-// What is known of a device, once for the process. Never destroyed: streams may outlive static destructors.
+// What is known of a device, once for the process. Never destroyed: streams may outlive static
+// destructors.
 struct DeviceState {
   int sm_count = 0;
   ControlPool control;
@@ -104,11 +117,13 @@ struct DeviceState {
 
 inline DeviceState& device_state(int device) {
   static std::mutex mutex;
-  static auto* states = new std::map<int, DeviceState>;  // nodes stay where they are as the map grows
+  static auto* states =
+      new std::map<int, DeviceState>;  // nodes stay where they are as the map grows
   const std::lock_guard<std::mutex> lock(mutex);
   DeviceState& state = (*states)[device];
   if (state.sm_count == 0) {
-    check_cuda(cudaDeviceGetAttribute(&state.sm_count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&state.sm_count, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
   }
   return state;
 }

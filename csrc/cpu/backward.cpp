@@ -14,15 +14,19 @@ namespace {
 template <typename T>
 struct Backward {
   using Real = RealOf<T>;
-  using Partial = double;
   enum Fact { kPivot, kOffset, kMeanG, kSlope, kScale, kFacts };
-  enum Row { kG, kGx, kPartials };
+  enum Row { kG, kGError, kGx, kGxError, kPartials };
 
   const Problem& problem;
   const BackwardParams& params;
 
   const T* x() const { return static_cast<const T*>(params.x); }
   const T* dy() const { return static_cast<const T*>(params.dy); }
+  // The error of an infinite sum is NaN.
+  static double exact(Real sum, Real error) {
+    return error == error ? static_cast<double>(sum) + static_cast<double>(error) : static_cast<double>(sum);
+  }
+
   bool training() const { return params.stats != nullptr; }
 
   ChannelStats<Real> stats_of(std::int64_t c) const {
@@ -38,21 +42,27 @@ struct Backward {
     }
   }
 
-  void reduce(const Part& part, const Table<Real>& facts, const Table<double>& sums) const {
-    sweeps<T>().sums(part, dy(), x(), {facts[kPivot], facts[kOffset]}, sums[kG], sums[kGx]);
+  void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& sums) const {
+    sweeps<T>().sums(part, dy(), x(), {facts[kPivot], facts[kOffset]},
+                     {sums[kG], sums[kGError], sums[kGx], sums[kGxError]});
   }
 
-  void merge(const Part& part, const Table<double>& sums, const Table<double>& total) const {
-    for (std::int64_t w = 0; w < part.width; ++w) {
-      total[kG][w] += sums[kG][w];
-      total[kGx][w] += sums[kGx][w];
+  void merge(const Part& part, const Table<Real>& sums, const Table<Real>& total) const {
+    for (const Row row : {kG, kGx}) {
+      const Row error = static_cast<Row>(row + 1);
+      for (std::int64_t w = 0; w < part.width; ++w) {
+        const double both = exact(total[row][w], total[error][w]) + exact(sums[row][w], sums[error][w]);
+        total[row][w] = static_cast<Real>(both);
+        total[error][w] = static_cast<Real>(both - static_cast<double>(total[row][w]));
+      }
     }
   }
 
-  void finish(const Part& slab, const Table<double>& total, const Table<Real>& facts) const {
+  void finish(const Part& slab, const Table<Real>& total, const Table<Real>& facts) const {
     for (std::int64_t w = 0; w < slab.width; ++w) {
       const std::int64_t c = slab.channel + w;
-      const Sums<Real> sums{static_cast<Real>(total[kG][w]), static_cast<Real>(total[kGx][w])};
+      const Sums<Real> sums{static_cast<Real>(exact(total[kG][w], total[kGError][w])),
+                            static_cast<Real>(exact(total[kGx][w], total[kGxError][w]))};
       const ChannelStats<Real> stats = stats_of(c);
       static_cast<Real*>(params.dweight)[c] = weight_gradient(sums, stats);
       static_cast<Real*>(params.dbias)[c] = sums.g;
@@ -73,7 +83,7 @@ struct Backward {
 template <typename T>
 void backward_of(const Problem& p, const BackwardParams& params, const Parallel& parallel) {
   prefer_huge_pages(params.dx, p.elements() * size_of(p.dtype));
-  run(cut(p, 2), parallel, Backward<T>{p, params});
+  run(cut(p), parallel, Backward<T>{p, params});
 }
 
 }  // namespace

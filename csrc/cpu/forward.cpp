@@ -19,7 +19,6 @@ namespace {
 template <typename T>
 struct Forward {
   using Real = RealOf<T>;
-  using Partial = Real;
   enum Fact { kPivot, kOffset, kScale, kShift, kFacts };
   enum Row { kMean, kM2, kPartials };
 
@@ -124,7 +123,7 @@ void forward_of(const Problem& p, const ForwardParams& params, const Parallel& p
                         params.skip_nonfinite ? m2.data() : nullptr,
                         finite};
   prefer_huge_pages(params.y, p.elements() * size_of(p.dtype));
-  run(cut(p, 1), parallel, pass);
+  run(cut(p), parallel, pass);
   if (!finite) return;
   if (params.skip_nonfinite) pass.move_averages_later();
   if (params.num_batches_tracked != nullptr) *params.num_batches_tracked = step + 1;

@@ -10,6 +10,7 @@ template <typename T>
 struct Inference {
   using Real = RealOf<T>;
   enum Fact { kPivot, kOffset, kScale, kShift, kFacts };
+  enum Row { kPartials };
 
   const Problem& problem;
   const InferenceParams& params;
@@ -42,12 +43,12 @@ void inference_of(const Problem& p, const InferenceParams& params, const Paralle
   using Pass = Inference<T>;
   prefer_huge_pages(params.y, p.elements() * size_of(p.dtype));
   const Pass pass{p, params};
-  const Slabs slabs = cut(p, 1);
+  const Slabs slabs = cut(p);
   for_stretches(p, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
-    typename Pass::Real storage[Pass::kFacts * kMaxWidth];
+    const Tables<Pass> tables(1, 0, slabs.widest());
+    const auto facts = tables.facts(0);
     for (std::int64_t k = begin; k < end; ++k) {
       const Part part = slabs.part(k / slabs.parts, k % slabs.parts);
-      const Table<typename Pass::Real> facts{storage, part.width};
       if (k == begin || part.begin == 0) pass.begin(part, facts);
       pass.write(part, facts);
     }

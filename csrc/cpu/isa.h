@@ -12,14 +12,11 @@
 
 namespace brn::cpu {
 
-// Channels of a slab, at most: the size of arrays on the stack.
-constexpr int kMaxWidth = 512;
-
 // A stretch [begin, end) of the positions of one slab; see slabs.h.
 struct Part {
   Layout layout;
   std::int64_t channel;  // the slab's first
-  std::int64_t width;    // channels of the slab; 1 in kChannelsFirst
+  std::int64_t width;    // channels of the slab
   std::int64_t first;    // element of its first channel at position 0
   std::int64_t plane;    // kChannelsFirst: positions that lie together, S
   std::int64_t stride;   // elements from plane to plane (kChannelsFirst) or from row to row (kChannelsLast)
@@ -37,6 +34,14 @@ struct Centres {
   const Real* pivot;
   const Real* offset;
 };
+// Sums of `width` channels, each in two Reals: sum + error is as good as a sum in twice the precision.
+template <typename Real>
+struct SumRows {
+  Real* g;
+  Real* g_error;
+  Real* gx;
+  Real* gx_error;
+};
 
 template <typename T>
 struct Sweeps {
@@ -45,8 +50,8 @@ struct Sweeps {
   void (*pivots)(const Part&, const T* x, Real* pivot);
   // mean[width], m2[width] of x - pivot over the part.
   void (*moments)(const Part&, const T* x, const Real* pivot, Real* mean, Real* m2);
-  // g[width], gx[width]: sums of dy and of dy * (x - mean) over the part.
-  void (*sums)(const Part&, const T* dy, const T* x, const Centres<Real>&, double* g, double* gx);
+  // Sums of dy and of dy * (x - mean) over the part.
+  void (*sums)(const Part&, const T* dy, const T* x, const Centres<Real>&, const SumRows<Real>&);
   // y = apply(affine, x) over the part.
   void (*normalise)(const Part&, const T* x, const Affines<Real>&, T* y);
   // dx = apply(projection, dy, x - mean) over the part.

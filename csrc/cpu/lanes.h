@@ -1,31 +1,30 @@
 // Vectors of the width BRN_VECTOR_BYTES of the instruction set at hand, and how elements get in and out of them.
 //
-// The compiler's vector types (GCC, Clang): operators work lane by lane, comparisons give masks. Everything is in an unnamed
-// namespace, since each instruction set has its own copy of it.
+// Built on the compiler's vector types (GCC, Clang), whose operators work lane by lane. Everything is in an unnamed namespace,
+// since each instruction set has its own copy of it.
 #pragma once
 
 #include "element.h"
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
-#define BRN_LANES inline __attribute__((always_inline))
+#define BRN_INLINED __attribute__((always_inline))
+#define BRN_LANES inline BRN_INLINED
 
 namespace brn::cpu {
 namespace {
 
-template <typename Element, int kBytes>
+template <typename Value, int kBytes = BRN_VECTOR_BYTES>
 struct VectorOf {
-  typedef Element Type __attribute__((vector_size(kBytes)));
+  typedef Value Type __attribute__((vector_size(kBytes)));
 };
-template <typename Real>
-using Lanes = typename VectorOf<Real, BRN_VECTOR_BYTES>::Type;
-using Words = VectorOf<std::uint32_t, BRN_VECTOR_BYTES>::Type;
-using SignedWords = VectorOf<std::int32_t, BRN_VECTOR_BYTES>::Type;
-using HalfWords = VectorOf<std::uint16_t, BRN_VECTOR_BYTES / 2>::Type;
-
-template <typename Real>
-constexpr int kLanes = BRN_VECTOR_BYTES / static_cast<int>(sizeof(Real));
+template <typename Value>
+using Vector = typename VectorOf<Value>::Type;
+using Words = Vector<std::uint32_t>;
+using SignedWords = Vector<std::int32_t>;
 
 template <typename To, typename From>
 BRN_LANES To bits_of(From from) {
@@ -35,83 +34,234 @@ BRN_LANES To bits_of(From from) {
   return to;
 }
 
-template <typename Real>
-BRN_LANES Lanes<Real> broadcast(Real x) {
-  return x - Lanes<Real>{};  // not +, which would turn -0 into 0
-}
-
-BRN_LANES Words broadcast_bits(std::uint32_t x) { return x + Words{}; }
-
-BRN_LANES Words select(SignedWords mask, Words yes, Words no) { return (bits_of<Words>(mask) & yes) | (~bits_of<Words>(mask) & no); }
-
-template <typename Vector, typename T>
-BRN_LANES Vector load_unaligned(const T* from) {
-  Vector v;
+template <typename V>
+BRN_LANES V load_vector(const void* from) {
+  V v;
   std::memcpy(&v, from, sizeof(v));
   return v;
 }
 
-BRN_LANES Lanes<float> load(const float* x) { return load_unaligned<Lanes<float>>(x); }
-BRN_LANES Lanes<double> load(const double* x) { return load_unaligned<Lanes<double>>(x); }
-
-BRN_LANES Words load_bits(const std::uint16_t* x) {
-  return __builtin_convertvector(load_unaligned<HalfWords>(x), Words);
+template <typename V>
+BRN_LANES void store_vector(void* to, V v) {
+  std::memcpy(to, &v, sizeof(v));
 }
 
-BRN_LANES Lanes<float> load(const BFloat16* x) { return bits_of<Lanes<float>>(load_bits(&x->bits) << 16); }
-
-// The exponent is rebased by a multiplication, which is exact and also normalises subnormals. Above it lie inf and NaN.
-BRN_LANES Lanes<float> load(const Half* x) {
-  const Words half = load_bits(&x->bits);
-  const Words magnitude = (half & 0x7fffu) << 13;
-  const Lanes<float> rebased = bits_of<Lanes<float>>(magnitude) * 0x1p112f;
-  const SignedWords special = bits_of<SignedWords>(magnitude) >= 0x0f800000;
-  const Words bits = select(special, magnitude | 0x7f800000u, bits_of<Words>(rebased));
-  return bits_of<Lanes<float>>(bits | ((half & 0x8000u) << 16));
-}
-
-BRN_LANES void store(float* y, Lanes<float> v) { std::memcpy(y, &v, sizeof(v)); }
-BRN_LANES void store(double* y, Lanes<double> v) { std::memcpy(y, &v, sizeof(v)); }
-
-BRN_LANES void store_bits(std::uint16_t* y, Words v) {
-  const HalfWords narrow = __builtin_convertvector(v, HalfWords);
-  std::memcpy(y, &narrow, sizeof(narrow));
-}
-
-// Round to nearest, ties to even; a NaN stays one.
-BRN_LANES void store(BFloat16* y, Lanes<float> v) {
-  const Words bits = bits_of<Words>(v);
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const SignedWords nan = bits_of<SignedWords>(bits & 0x7fffffffu) > 0x7f800000;
-  store_bits(&y->bits, select(nan, broadcast_bits(0x7fc0u), rounded));
-}
-
-// Round to nearest, ties to even. Subnormals are rounded by an addition that puts their last bit at the float's last.
-BRN_LANES void store(Half* y, Lanes<float> v) {
-  const Words bits = bits_of<Words>(v);
-  const Words magnitude = bits & 0x7fffffffu;
-  const SignedWords size = bits_of<SignedWords>(magnitude);
-  const Words normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-  const Words subnormal = bits_of<Words>(bits_of<Lanes<float>>(magnitude) + 0.5f) - 0x3f000000u;
-  Words half = select(size < 0x38800000, subnormal, normal);
-  half = select(size >= 0x477ff000, broadcast_bits(0x7c00u), half);
-  half = select(size > 0x7f800000, broadcast_bits(0x7e00u), half);
-  store_bits(&y->bits, half | ((bits >> 16) & 0x8000u));
-}
-
-// The first `count` lanes; the others are 0. For what is too short for a vector.
+// One vector's bytes of elements T, as Reals. Of 16-bit elements, that is two vectors: the elements at even places and those
+// at odd ones, which come out of a 32-bit word by a shift or a mask.
 template <typename T>
-BRN_LANES Lanes<RealOf<T>> load_first(const T* x, std::int64_t count) {
-  T lanes[kLanes<RealOf<T>>] = {};
-  for (std::int64_t k = 0; k < count; ++k) lanes[k] = x[k];
-  return load(lanes);
-}
+struct Lanes {
+  using Real = RealOf<T>;
+  static constexpr int kVectors = sizeof(Real) / sizeof(T);
+  Vector<Real> v[kVectors];
+
+  // All lanes x.
+  static BRN_LANES Lanes of(Real x) {
+    Lanes lanes;
+    for (int i = 0; i < kVectors; ++i) lanes.v[i] = x - Vector<Real>{};  // not +, which would make 0 of -0
+    return lanes;
+  }
+
+  BRN_LANES Lanes& operator+=(Lanes b) { return *this = *this + b; }
+  friend BRN_LANES Lanes operator+(Lanes a, Lanes b) {
+    for (int i = 0; i < kVectors; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  friend BRN_LANES Lanes operator-(Lanes a, Lanes b) {
+    for (int i = 0; i < kVectors; ++i) a.v[i] -= b.v[i];
+    return a;
+  }
+  friend BRN_LANES Lanes operator*(Lanes a, Lanes b) {
+    for (int i = 0; i < kVectors; ++i) a.v[i] *= b.v[i];
+    return a;
+  }
+  friend BRN_LANES Lanes operator*(Lanes a, Real b) {
+    for (int i = 0; i < kVectors; ++i) a.v[i] *= b;
+    return a;
+  }
+};
 
 template <typename T>
-BRN_LANES void store_first(T* y, Lanes<RealOf<T>> v, std::int64_t count) {
-  T lanes[kLanes<RealOf<T>>];
-  store(lanes, v);
-  for (std::int64_t k = 0; k < count; ++k) y[k] = lanes[k];
+constexpr int kLanes = BRN_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// ---- elements
+
+template <typename T>
+BRN_LANES Lanes<T> load(const T* x) {
+  return {{load_vector<Vector<T>>(x)}};
+}
+template <typename T>
+BRN_LANES void store(T* y, Lanes<T> lanes) {
+  store_vector(y, lanes.v[0]);
+}
+
+BRN_LANES Lanes<BFloat16> load(const BFloat16* x) {
+  const Words words = load_vector<Words>(x);
+  return {{bits_of<Vector<float>>(words << 16), bits_of<Vector<float>>(words & 0xffff0000u)}};
+}
+
+// In the upper half of each word, rounded to nearest, ties to even; the lower half is of no account. A NaN stays one.
+BRN_LANES Words upper_bfloat16(Vector<float> v) {
+  const Words bits = bits_of<Words>(v);
+  return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : Words{} + 0x7fc00000u;
+}
+
+BRN_LANES void store(BFloat16* y, Lanes<BFloat16> lanes) {
+  store_vector(y, (upper_bfloat16(lanes.v[0]) >> 16) | (upper_bfloat16(lanes.v[1]) & 0xffff0000u));
+}
+
+// From the upper half of each word. The exponent is rebased by a multiplication, which is exact and normalises subnormals;
+// inf and NaN have come out finite then and get their exponent back.
+BRN_LANES Vector<float> from_upper_half(Words words) {
+  const Words bits = bits_of<Words>(bits_of<SignedWords>(words) >> 3) & 0x8fffe000u;
+  const Words rebased = bits_of<Words>(bits_of<Vector<float>>(bits) * 0x1p112f);
+  return bits_of<Vector<float>>((bits & 0x0f800000u) == 0x0f800000u ? bits | 0x7f800000u : rebased);
+}
+
+BRN_LANES Lanes<Half> load(const Half* x) {
+  const Words words = load_vector<Words>(x);
+  return {{from_upper_half(words << 16), from_upper_half(words)}};
+}
+
+// In the lower half of each word, rounded to nearest, ties to even. Subnormals are rounded by an addition that puts their
+// last bit at the float's last.
+BRN_LANES Words lower_half(Vector<float> v) {
+  const Words bits = bits_of<Words>(v);
+  const SignedWords magnitude = bits_of<SignedWords>(bits & 0x7fffffffu);
+  const SignedWords finite = magnitude < 0x47800000 ? magnitude : SignedWords{} + 0x47800000;  // 65536 rounds to inf
+  const SignedWords normal = (finite - (0x38000000 - 0x0fff) + ((finite >> 13) & 1)) >> 13;
+  const SignedWords subnormal = bits_of<SignedWords>(bits_of<Vector<float>>(magnitude) + 0.5f) - 0x3f000000;
+  const SignedWords rounded = magnitude < 0x38800000 ? subnormal : normal;
+  return bits_of<Words>(v == v ? rounded : SignedWords{} + 0x7e00) | ((bits >> 16) & 0x8000u);
+}
+
+BRN_LANES void store(Half* y, Lanes<Half> lanes) {
+  store_vector(y, lower_half(lanes.v[0]) | (lower_half(lanes.v[1]) << 16));
+}
+
+// The first `count` elements; the others are 0. For what is too short for a vector.
+template <typename T>
+BRN_LANES Lanes<T> load_first(const T* x, std::int64_t count) {
+  T buffer[kLanes<T>] = {};
+  for (std::int64_t k = 0; k < count; ++k) buffer[k] = x[k];
+  return load(buffer);
+}
+template <typename T>
+BRN_LANES void store_first(T* y, Lanes<T> lanes, std::int64_t count) {
+  T buffer[kLanes<T>];
+  store(buffer, lanes);
+  for (std::int64_t k = 0; k < count; ++k) y[k] = buffer[k];
+}
+
+// ---- Reals, one for each element: parameters of neighbouring channels
+
+template <typename V, int... kPlaces>
+BRN_LANES V shuffle(V a, V b, std::integer_sequence<int, kPlaces...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kPlaces...);
+#else
+  return __builtin_shuffle(a, b, SignedWords{kPlaces...});
+#endif
+}
+template <int... kPlaces>
+constexpr auto even_places(std::integer_sequence<int, kPlaces...>) {
+  return std::integer_sequence<int, 2 * kPlaces...>{};
+}
+template <int... kPlaces>
+constexpr auto odd_places(std::integer_sequence<int, kPlaces...>) {
+  return std::integer_sequence<int, 2 * kPlaces + 1 ...>{};
+}
+// Of the elements interleaved: a0 b0 a1 b1 ...; kFrom = 0 for the first half of them.
+template <int kFrom, int... kPlaces>
+constexpr auto interleaved_places(std::integer_sequence<int, kPlaces...>) {
+  constexpr int kCount = sizeof...(kPlaces);
+  return std::integer_sequence<int, kFrom + kPlaces / 2 + kPlaces % 2 * kCount...>{};
+}
+
+template <typename T>
+BRN_LANES Lanes<T> load_reals(const RealOf<T>* p) {
+  using V = Vector<RealOf<T>>;
+  if constexpr (Lanes<T>::kVectors == 1) {
+    return {{load_vector<V>(p)}};
+  } else {
+    constexpr int kCount = kLanes<T> / 2;
+    constexpr auto places = std::make_integer_sequence<int, kCount>{};
+    const V a = load_vector<V>(p);
+    const V b = load_vector<V>(p + kCount);
+    return {{shuffle(a, b, even_places(places)), shuffle(a, b, odd_places(places))}};
+  }
+}
+template <typename T>
+BRN_LANES void store_reals(RealOf<T>* p, Lanes<T> lanes) {
+  if constexpr (Lanes<T>::kVectors == 1) {
+    store_vector(p, lanes.v[0]);
+  } else {
+    constexpr int kCount = kLanes<T> / 2;
+    constexpr auto places = std::make_integer_sequence<int, kCount>{};
+    store_vector(p, shuffle(lanes.v[0], lanes.v[1], interleaved_places<0>(places)));
+    store_vector(p + kCount, shuffle(lanes.v[0], lanes.v[1], interleaved_places<kCount / 2>(places)));
+  }
+}
+
+// ---- across lanes
+
+template <typename Value, int kBytes>
+BRN_LANES Value sum_across(typename VectorOf<Value, kBytes>::Type v) {
+  if constexpr (kBytes == 2 * sizeof(Value)) {
+    return v[0] + v[1];
+  } else {
+    using Halved = typename VectorOf<Value, kBytes / 2>::Type;
+    Halved half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return sum_across<Value, kBytes / 2>(half[0] + half[1]);
+  }
+}
+
+template <typename T>
+BRN_LANES RealOf<T> sum_across(Lanes<T> lanes) {
+  Vector<RealOf<T>> v = lanes.v[0];
+  for (int i = 1; i < Lanes<T>::kVectors; ++i) v += lanes.v[i];
+  return sum_across<RealOf<T>, BRN_VECTOR_BYTES>(v);
+}
+
+// Where a run of elements ends within a vector.
+template <typename T>
+struct Mask {
+  static constexpr int kVectors = Lanes<T>::kVectors;
+  using Bits = Vector<std::conditional_t<sizeof(RealOf<T>) == 8, std::int64_t, std::int32_t>>;
+  Bits v[kVectors];
+
+  BRN_LANES Lanes<T> operator()(Lanes<T> lanes) const {
+    for (int i = 0; i < kVectors; ++i) lanes.v[i] = bits_of<Vector<RealOf<T>>>(bits_of<Bits>(lanes.v[i]) & v[i]);
+    return lanes;
+  }
+};
+
+// -1 for the last `count` of a vector's elements: at place `count` of as many zeros, then ones, then zeros.
+template <typename T>
+BRN_LANES Mask<T> mask_at(int place) {
+  using Element = std::conditional_t<sizeof(T) == 8, std::int64_t, std::conditional_t<sizeof(T) == 4, std::int32_t, std::int16_t>>;
+  struct Table {
+    Element elements[3 * kLanes<T>];
+    constexpr Table() : elements() {
+      for (int k = kLanes<T>; k < 2 * kLanes<T>; ++k) elements[k] = -1;
+    }
+  };
+  static constexpr Table table;
+  using Bits = typename Mask<T>::Bits;
+  const Bits bits = load_vector<Bits>(table.elements + place);
+  if constexpr (Mask<T>::kVectors == 1) {
+    return {{bits}};
+  } else {
+    return {{bits_of<Bits>(bits_of<Words>(bits) << 16) >> 16, bits >> 16}};
+  }
+}
+template <typename T>
+BRN_LANES Mask<T> last_elements(std::int64_t count) {
+  return mask_at<T>(static_cast<int>(count));
+}
+template <typename T>
+BRN_LANES Mask<T> first_elements(std::int64_t count) {
+  return mask_at<T>(2 * kLanes<T> - static_cast<int>(count));
 }
 
 }  // namespace

@@ -16,10 +16,7 @@
 
 namespace brn::cpu {
 
-// x of a slab, and dy going back, that is still in the L2 (1 MB a core) when the statistics are known.
-constexpr std::int64_t kRetainedBytes = 512 * 1024;
-
-// One tensor's share of a part: enough to make up for its merge, and some parts of the last ones read stay in the L2.
+// One tensor's share of a part: enough to make up for its merge.
 constexpr std::int64_t kPartBytes = 256 * 1024;
 constexpr std::int64_t kMostParts = 64;
 
@@ -32,6 +29,8 @@ struct Slabs {
   std::int64_t count = 0;
   std::int64_t parts = 1;  // of a slab
   std::int64_t share = 0;  // positions of a part; the last may have fewer
+
+  std::int64_t widest() const { return problem.channels - std::max<std::int64_t>(count - 1, 0) * width; }
 
   Part part(std::int64_t slab, std::int64_t j) const {
     const Problem& p = problem;
@@ -48,26 +47,35 @@ struct Slabs {
   }
 };
 
-// `tensors` are read by the reduction: one going forward, two going back.
-inline Slabs cut(const Problem& p, int tensors) {
+inline std::int64_t slab_width(const Problem& p) {
+  const std::int64_t channel = size_of(p.dtype) * std::max<std::int64_t>(p.reduced(), 1);
+  if (p.layout == Layout::kChannelsFirst) {
+    // Small channels together, to make up for what a slab costs.
+    constexpr std::int64_t kSmall = 16 * 1024;
+    return std::clamp<std::int64_t>(kSmall / channel, 1, std::max<std::int64_t>(p.channels, 1));
+  }
+  // Whole rows: pieces of rows that are a power of two apart would meet in a few sets of the caches. But a matrix with too few
+  // rows to be shared out is cut into columns, a page wide at least.
+  constexpr std::int64_t kPage = 4096;
+  constexpr std::int64_t kFewRows = 128;
+  return p.reduced() > kFewRows ? p.channels : std::min(p.channels, kPage / size_of(p.dtype));
+}
+
+inline Slabs cut(const Problem& p) {
   Slabs slabs;
   slabs.problem = p;
-  const std::int64_t position = size_of(p.dtype) * std::max<std::int64_t>(p.reduced(), 1);
-  if (p.layout == Layout::kChannelsLast) {
-    constexpr std::int64_t kWidest = kMaxWidth / 2;
-    const std::int64_t line = 64 / size_of(p.dtype);
-    const std::int64_t retained = kRetainedBytes / (tensors * position) / line * line;
-    slabs.width = std::min({retained > 0 ? retained : kWidest, kWidest, p.channels});
-  }
-  slabs.count = p.channels / std::max<std::int64_t>(slabs.width, 1);
-  slabs.parts = std::clamp<std::int64_t>(ceil_div(position * slabs.width, kPartBytes), 1, kMostParts);
+  if (p.elements() == 0) return slabs;
+  slabs.width = slab_width(p);
+  slabs.count = p.channels / slabs.width;
+  const std::int64_t bytes = slabs.width * p.reduced() * size_of(p.dtype);
+  slabs.parts = std::clamp<std::int64_t>(ceil_div(bytes, kPartBytes), 1, kMostParts);
   constexpr std::int64_t kWhole = 64;  // positions, so that parts are made of whole lines and tiles
   slabs.share = ceil_div(ceil_div(p.reduced(), slabs.parts), kWhole) * kWhole;
-  slabs.parts = std::max<std::int64_t>(ceil_div(p.reduced(), std::max<std::int64_t>(slabs.share, 1)), 1);
+  slabs.parts = ceil_div(p.reduced(), slabs.share);
   return slabs;
 }
 
-// Calls f(i) for i in [0, count), in order within each thread's stretch.
+// Calls f(begin, end) for stretches of [0, count), one a thread.
 template <typename F>
 void for_stretches(const Problem& p, const Parallel& parallel, std::int64_t count, const F& f) {
   if (parallel.run == nullptr || parallel.threads <= 1 || count <= 1 || p.elements() < kSerialElements) {
@@ -79,66 +87,83 @@ void for_stretches(const Problem& p, const Parallel& parallel, std::int64_t coun
   parallel.run(0, count, ceil_div(count, parallel.threads), body, const_cast<F*>(&f));
 }
 
-// `kRows` values of each channel of a slab.
-template <typename Value>
+// Rows of values, one a channel of a slab.
+template <typename Real>
 struct Table {
-  Value* values;
-  std::int64_t width;
+  Real* values;
+  std::int64_t stride;
 
-  Value* operator[](int row) const { return values + row * width; }
+  Real* operator[](int row) const { return values + row * stride; }
+};
+
+// The tables of `slabs` slabs that are in work: one of facts and `parts` of partial results each.
+template <typename Pass>
+class Tables {
+ public:
+  using Real = typename Pass::Real;
+
+  Tables(std::int64_t slabs, std::int64_t parts, std::int64_t width)
+      : parts_(parts),
+        stride_((ceil_div(width, kLine) + 1) * kLine),
+        values_(new Real[static_cast<std::size_t>(slabs * rows() * stride_)]) {}
+
+  Table<Real> facts(std::int64_t slab) const { return {&values_[slab * rows() * stride_], stride_}; }
+  Table<Real> partials(std::int64_t slab, std::int64_t part) const {
+    return {&values_[(slab * rows() + Pass::kFacts + part * Pass::kPartials) * stride_], stride_};
+  }
+
+ private:
+  // A line more than a row needs: rows that are a power of two apart would meet in one set of the L1.
+  static constexpr std::int64_t kLine = 64 / sizeof(Real);
+
+  std::int64_t rows() const { return Pass::kFacts + parts_ * Pass::kPartials; }
+
+  std::int64_t parts_;
+  std::int64_t stride_;
+  std::unique_ptr<Real[]> values_;
 };
 
 template <typename Pass>
 void run_slab_by_slab(const Slabs& slabs, const Parallel& parallel, const Pass& pass) {
   for_stretches(slabs.problem, parallel, slabs.count, [&](std::int64_t begin, std::int64_t end) {
-    typename Pass::Real fact_values[Pass::kFacts * kMaxWidth];
-    typename Pass::Partial total_values[Pass::kPartials * kMaxWidth];
-    typename Pass::Partial partial_values[Pass::kPartials * kMaxWidth];
-    for (std::int64_t slab = begin; slab < end; ++slab) {
-      const Part first = slabs.part(slab, 0);
-      const Table<typename Pass::Real> facts{fact_values, first.width};
-      const Table<typename Pass::Partial> total{total_values, first.width};
-      const Table<typename Pass::Partial> partial{partial_values, first.width};
-      pass.begin(first, facts);
-      pass.reduce(first, facts, total);
+    const Tables<Pass> tables(1, 2, slabs.widest());
+    const auto facts = tables.facts(0);
+    const auto total = tables.partials(0, 0);
+    const auto partial = tables.partials(0, 1);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const Part slab = slabs.part(i, 0);
+      pass.begin(slab, facts);
+      pass.reduce(slab, facts, total);
       for (std::int64_t j = 1; j < slabs.parts; ++j) {
-        pass.reduce(slabs.part(slab, j), facts, partial);
-        pass.merge(slabs.part(slab, j), partial, total);
+        pass.reduce(slabs.part(i, j), facts, partial);
+        pass.merge(slabs.part(i, j), partial, total);
       }
-      pass.finish(first, total, facts);
-      for (std::int64_t j = slabs.parts; j-- > 0;) pass.write(slabs.part(slab, j), facts);
+      pass.finish(slab, total, facts);
+      for (std::int64_t j = slabs.parts; j-- > 0;) pass.write(slabs.part(i, j), facts);
     }
   });
 }
 
 template <typename Pass>
 void run_together(const Slabs& slabs, const Parallel& parallel, const Pass& pass) {
-  using Real = typename Pass::Real;
-  using Partial = typename Pass::Partial;
-  const std::int64_t channels = slabs.problem.channels;
-  const std::int64_t parts = slabs.count * slabs.parts;
-  const std::unique_ptr<Real[]> fact_values(new Real[static_cast<std::size_t>(Pass::kFacts * channels)]);
-  const std::unique_ptr<Partial[]> partial_values(
-      new Partial[static_cast<std::size_t>(slabs.parts * Pass::kPartials * channels)]);
-  const auto part = [&](std::int64_t k) { return slabs.part(k / slabs.parts, k % slabs.parts); };
-  const auto facts = [&](const Part& slab) {
-    return Table<Real>{&fact_values[Pass::kFacts * slab.channel], slab.width};
-  };
-  const auto partial = [&](const Part& slab, std::int64_t j) {
-    return Table<Partial>{&partial_values[Pass::kPartials * (j * channels + slab.channel)], slab.width};
-  };
-
-  for (std::int64_t k = 0; k < parts; k += slabs.parts) pass.begin(part(k), facts(part(k)));
-  for_stretches(slabs.problem, parallel, parts, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t k = begin; k < end; ++k) pass.reduce(part(k), facts(part(k)), partial(part(k), k % slabs.parts));
+  const Tables<Pass> tables(slabs.count, slabs.parts, slabs.widest());
+  for (std::int64_t i = 0; i < slabs.count; ++i) pass.begin(slabs.part(i, 0), tables.facts(i));
+  for_stretches(slabs.problem, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t k = begin; k < end; ++k) {
+      const std::int64_t i = k / slabs.parts;
+      const std::int64_t j = k % slabs.parts;
+      pass.reduce(slabs.part(i, j), tables.facts(i), tables.partials(i, j));
+    }
   });
-  for (std::int64_t k = 0; k < parts; k += slabs.parts) {
-    const Part slab = part(k);
-    for (std::int64_t j = 1; j < slabs.parts; ++j) pass.merge(part(k + j), partial(slab, j), partial(slab, 0));
-    pass.finish(slab, partial(slab, 0), facts(slab));
+  for (std::int64_t i = 0; i < slabs.count; ++i) {
+    for (std::int64_t j = 1; j < slabs.parts; ++j) pass.merge(slabs.part(i, j), tables.partials(i, j), tables.partials(i, 0));
+    pass.finish(slabs.part(i, 0), tables.partials(i, 0), tables.facts(i));
   }
-  for_stretches(slabs.problem, parallel, parts, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t k = end; k-- > begin;) pass.write(part(k), facts(part(k)));
+  for_stretches(slabs.problem, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t k = end; k-- > begin;) {
+      const std::int64_t i = k / slabs.parts;
+      pass.write(slabs.part(i, k % slabs.parts), tables.facts(i));
+    }
   });
 }
 

@@ -1,26 +1,23 @@
 // The sweeps over a part of a slab, written once for every instruction set, layout and element type.
 //
-// Both layouts reduce by the same tile: kRows vectors, `stride` elements apart, that stay in registers between the mean and
-// the squared deviations. In kChannelsFirst a tile is one stretch of a channel and its lanes are folded at the end of the
-// part; in kChannelsLast it is kRows pixels and each lane is a channel.
+//   kChannelsFirst   the vectors of a run (what a part has of one plane) belong to one channel; lanes are added up at the end
+//                    of a tile of runs, which is read twice, the second time from the L1: for its mean, then for m2
+//   kChannelsLast    each lane is a channel; a tile is kRows rows, in registers between its mean and its m2
 //
-// Functions with a scalar signature are not called from here: the linker could take this file's copy of an inline one, with
-// this file's instructions, for every processor.
+// Nothing with a scalar signature in another header is called from here: the linker could take this copy of an inline
+// function, with this file's instructions, for every processor.
 #pragma once
 
 #include "../core/math.h"
 #include "isa.h"
 #include "lanes.h"
 
+#include <type_traits>
+
 namespace brn::cpu {
 namespace {
 
-constexpr int kRows = 8;
-
-template <typename T>
-constexpr std::int64_t kTile = kRows * kLanes<RealOf<T>>;
-
-// merge() of math.h, where the lanes of mean and m2 have one count between them.
+// merge() of math.h where the lanes of mean and m2 have one count between them.
 template <typename Real, typename Value>
 struct SharedMoments {
   Real count;
@@ -34,10 +31,28 @@ BRN_LANES SharedMoments<Real, Value> merge(SharedMoments<Real, Value> a, SharedM
   const Value delta = b.mean - a.mean;
   return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * delta * (a.count * weight)};
 }
-template <typename Real>
-using LaneMoments = SharedMoments<Real, Lanes<Real>>;
 
-// A sum and the rounding errors it has made (Knuth's two-sum).
+template <typename T>
+struct Centre {
+  Lanes<T> pivot;
+  Lanes<T> offset;
+
+  BRN_LANES Lanes<T> operator()(Lanes<T> x) const { return (x - pivot) - offset; }
+};
+
+template <typename T>
+struct LaneSums {
+  Lanes<T> g;
+  Lanes<T> gx;
+
+  BRN_LANES LaneSums& operator+=(LaneSums b) {
+    g += b.g;
+    gx += b.gx;
+    return *this;
+  }
+};
+
+// A sum and the rounding errors it has made (Knuth's two-sum): as good as one in twice the precision.
 template <typename Value>
 struct ExactSum {
   Value sum;
@@ -51,188 +66,165 @@ struct ExactSum {
   }
 };
 
-template <typename Real>
-BRN_LANES double total(Real sum, Real error) {
-  return error == error ? static_cast<double>(sum) + static_cast<double>(error) : static_cast<double>(sum);  // inf stays
-}
-
-// ---- tiles
-
 template <typename Value>
-BRN_LANES Value sum_of_rows(const Value (&v)[kRows]) {
+BRN_LANES Value sum_of_eight(const Value (&v)[8]) {
   return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
 
+// The sums of eight vectors of each, `stride` elements apart.
 template <typename T>
-BRN_LANES LaneMoments<RealOf<T>> tile_moments(const T* x, std::int64_t stride, Lanes<RealOf<T>> pivot) {
-  using Real = RealOf<T>;
-  Lanes<Real> u[kRows];
-  for (int k = 0; k < kRows; ++k) u[k] = load(x + k * stride) - pivot;
-  const Lanes<Real> mean = sum_of_rows(u) * (Real(1) / kRows);
-  for (int k = 0; k < kRows; ++k) u[k] = (u[k] - mean) * (u[k] - mean);
-  return {kRows, mean, sum_of_rows(u)};
-}
-
-// The same of fewer rows.
-template <typename T>
-BRN_LANES LaneMoments<RealOf<T>> short_moments(const T* x, std::int64_t rows, std::int64_t stride, Lanes<RealOf<T>> pivot) {
-  using Real = RealOf<T>;
-  Lanes<Real> mean{};
-  Lanes<Real> m2{};
-  for (std::int64_t k = 0; k < rows; ++k) mean += load(x + k * stride) - pivot;
-  mean *= Real(1) / static_cast<Real>(rows);
-  for (std::int64_t k = 0; k < rows; ++k) {
-    const Lanes<Real> deviation = (load(x + k * stride) - pivot) - mean;
-    m2 += deviation * deviation;
-  }
-  return {static_cast<Real>(rows), mean, m2};
-}
-
-template <typename Real>
-struct LaneSums {
-  Lanes<Real> g;
-  Lanes<Real> gx;
-};
-
-template <typename Real>
-struct LaneCentre {
-  Lanes<Real> pivot;
-  Lanes<Real> offset;
-
-  BRN_LANES Lanes<Real> operator()(Lanes<Real> x) const { return (x - pivot) - offset; }
-};
-
-template <typename T>
-BRN_LANES LaneSums<RealOf<T>> tile_sums(const T* dy, const T* x, std::int64_t stride, const LaneCentre<RealOf<T>>& centre) {
-  using Real = RealOf<T>;
-  Lanes<Real> g[kRows];
-  Lanes<Real> gx[kRows];
-  for (int k = 0; k < kRows; ++k) {
+BRN_LANES LaneSums<T> tile_sums(const T* dy, const T* x, std::int64_t stride, const Centre<T>& centre) {
+  Lanes<T> g[8];
+  Lanes<T> gx[8];
+  for (int k = 0; k < 8; ++k) {
     g[k] = load(dy + k * stride);
     gx[k] = g[k] * centre(load(x + k * stride));
   }
-  return {sum_of_rows(g), sum_of_rows(gx)};
+  return {sum_of_eight(g), sum_of_eight(gx)};
 }
 
-// ---- kChannelsFirst: a part is runs of one channel, each in one plane
+// ---- kChannelsFirst
 
+// Calls f(element, length) for the runs of the slab's w-th channel at the positions [begin, end).
 template <typename F>
-BRN_LANES void for_each_run(const Part& part, F f) {
-  std::int64_t n = part.begin / part.plane;
-  std::int64_t s = part.begin % part.plane;
-  for (std::int64_t left = part.end - part.begin; left > 0; ++n, s = 0) {
+BRN_LANES void for_each_run(const Part& part, std::int64_t w, std::int64_t begin, std::int64_t end, F f) {
+  std::int64_t s = begin < part.plane ? begin : begin % part.plane;
+  std::int64_t plane = part.first + w * part.plane + (begin < part.plane ? 0 : begin / part.plane) * part.stride;
+  for (std::int64_t left = end - begin; left > 0; plane += part.stride, s = 0) {
     const std::int64_t length = part.plane - s < left ? part.plane - s : left;
-    f(part.first + n * part.stride + s, length);
+    f(plane + s, length);
     left -= length;
   }
 }
 
-// Ends of runs that do not fill a tile wait here for the ends of the next ones.
+// Positions that are read twice for their moments: 16 KB, half of an L1.
 template <typename T>
-struct Remainder {
-  T values[2 * kTile<T>];
-  std::int64_t count = 0;
+constexpr std::int64_t kTile = 16384 / sizeof(T);
 
-  BRN_LANES void append(const T* from, std::int64_t n) {
-    std::memcpy(values + count, from, static_cast<std::size_t>(n) * sizeof(T));
-    count += n;
+// The sum of f(lanes of x) over a run.
+template <typename T, typename F>
+BRN_LANES Lanes<T> sum_over_run(const T* x, std::int64_t length, F f) {
+  constexpr int kStep = kLanes<T>;
+  Lanes<T> sums[4] = {};
+  std::int64_t i = 0;
+  for (; i + 4 * kStep <= length; i += 4 * kStep) {
+    for (int k = 0; k < 4; ++k) sums[k] += f(load(x + i + k * kStep));
   }
-  BRN_LANES bool full() const { return count >= kTile<T>; }
-  BRN_LANES void drop_tile() {
-    count -= kTile<T>;
-    std::memcpy(values, values + kTile<T>, static_cast<std::size_t>(count) * sizeof(T));
+  for (; i + kStep <= length; i += kStep) sums[0] += f(load(x + i));
+  if (i < length) {
+    sums[1] += length >= kStep ? last_elements<T>(length - i)(f(load(x + length - kStep)))
+                               : first_elements<T>(length - i)(f(load_first(x, length)));
   }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <typename T>
+BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, std::int64_t w, const T* x, RealOf<T> pivot) {
+  using Real = RealOf<T>;
+  const Lanes<T> pivots = Lanes<T>::of(pivot);
+  SharedMoments<Real, Real> moments{0, 0, 0};
+  for (std::int64_t begin = part.begin; begin < part.end; begin += kTile<T>) {
+    const std::int64_t end = begin + kTile<T> < part.end ? begin + kTile<T> : part.end;
+    const Real count = static_cast<Real>(end - begin);
+    Lanes<T> sum{};
+    for_each_run(part, w, begin, end, [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+      sum += sum_over_run(x + at, length, [&](Lanes<T> v) BRN_INLINED { return v - pivots; });
+    });
+    const Real mean = sum_across(sum) / count;
+    const Lanes<T> means = Lanes<T>::of(mean);
+    Lanes<T> m2{};
+    for_each_run(part, w, begin, end, [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+      m2 += sum_over_run(x + at, length, [&](Lanes<T> v) BRN_INLINED {
+        const Lanes<T> deviation = (v - pivots) - means;
+        return deviation * deviation;
+      });
+    });
+    const SharedMoments<Real, Real> tile{count, mean, sum_across(m2)};
+    moments = begin == part.begin ? tile : merge(moments, tile);
+  }
+  return moments;
+}
+
+// A running sum in blocks of at least eight vectors, so that few additions stand between an element and the exact total.
+template <typename T>
+struct ChannelSums {
+  const Centre<T>& centre;
+  ExactSum<Lanes<T>> g{};
+  ExactSum<Lanes<T>> gx{};
+  LaneSums<T> open{};
+  int vectors = 0;  // in open
+
+  BRN_LANES void close(LaneSums<T> sums) {
+    g.add(sums.g);
+    gx.add(sums.gx);
+  }
+  BRN_LANES void add_run(const T* dy, const T* x, std::int64_t length) {
+    constexpr int kStep = kLanes<T>;
+    std::int64_t i = 0;
+    for (; i + 8 * kStep <= length; i += 8 * kStep) close(tile_sums(dy + i, x + i, kStep, centre));
+    for (; i + kStep <= length; i += kStep, ++vectors) add(load(dy + i), centre(load(x + i)));
+    if (i < length) {
+      if (length >= kStep) {
+        const Mask<T> mask = last_elements<T>(length - i);
+        add(mask(load(dy + length - kStep)), mask(centre(load(x + length - kStep))));
+      } else {
+        const Mask<T> mask = first_elements<T>(length);
+        add(load_first(dy, length), mask(centre(load_first(x, length))));
+      }
+      ++vectors;
+    }
+    if (vectors >= 8) {
+      close(open);
+      open = {};
+      vectors = 0;
+    }
+  }
+  BRN_LANES void add(Lanes<T> v, Lanes<T> x_minus_mean) { open += {v, v * x_minus_mean}; }
 };
 
-// The moments of a channel that is spread over the lanes.
-template <typename Real>
-BRN_LANES SharedMoments<Real, Real> fold(LaneMoments<Real> lanes) {
-  SharedMoments<Real, Real> parts[kLanes<Real>];
-  for (int k = 0; k < kLanes<Real>; ++k) parts[k] = {lanes.count, lanes.mean[k], lanes.m2[k]};
-  for (int half = kLanes<Real> / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) parts[k] = merge(parts[k], parts[k + half]);
+// Sum and error of all lanes together.
+template <typename T>
+BRN_LANES ExactSum<RealOf<T>> across(const ExactSum<Lanes<T>>& lanes) {
+  using Real = RealOf<T>;
+  using Some = typename VectorOf<Real, BRN_VECTOR_BYTES * static_cast<int>(sizeof(Real)) / 8>::Type;  // as many as doubles
+  Vector<double> total{};
+  for (int i = 0; i < Lanes<T>::kVectors; ++i) {
+    const Vector<Real> error = lanes.error.v[i] == lanes.error.v[i] ? lanes.error.v[i] : Vector<Real>{};  // an inf's is NaN
+    Some sums[8 / sizeof(Real)];
+    Some errors[8 / sizeof(Real)];
+    std::memcpy(sums, &lanes.sum.v[i], sizeof(sums));
+    std::memcpy(errors, &error, sizeof(errors));
+    for (std::size_t k = 0; k < 8 / sizeof(Real); ++k) {
+      total += __builtin_convertvector(sums[k], Vector<double>) + __builtin_convertvector(errors[k], Vector<double>);
+    }
   }
-  return parts[0];
+  const double sum = sum_across<double, BRN_VECTOR_BYTES>(total);
+  return {static_cast<Real>(sum), static_cast<Real>(sum - static_cast<double>(static_cast<Real>(sum)))};
 }
 
 template <typename T>
-void channel_moments(const Part& part, const T* x, const RealOf<T>* pivot, RealOf<T>* mean, RealOf<T>* m2) {
+BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+                            const SumRows<RealOf<T>>& rows) {
   using Real = RealOf<T>;
-  const Lanes<Real> pivots = broadcast(*pivot);
-  LaneMoments<Real> lanes{0, {}, {}};
-  Remainder<T> rest;
-  for_each_run(part, [&](std::int64_t at, std::int64_t length) {
-    std::int64_t i = 0;
-    for (; i + kTile<T> <= length; i += kTile<T>) {
-      lanes = merge(lanes, tile_moments(x + at + i, kLanes<Real>, pivots));
-    }
-    rest.append(x + at + i, length - i);
-    if (rest.full()) {
-      lanes = merge(lanes, tile_moments(rest.values, kLanes<Real>, pivots));
-      rest.drop_tile();
-    }
+  const Centre<T> centre{Lanes<T>::of(centres.pivot[w]), Lanes<T>::of(centres.offset[w])};
+  ChannelSums<T> sums{centre};
+  for_each_run(part, w, part.begin, part.end, [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+    sums.add_run(dy + at, x + at, length);
   });
-
-  const std::int64_t vectors = rest.count / kLanes<Real>;
-  if (vectors > 0) lanes = merge(lanes, short_moments(rest.values, vectors, kLanes<Real>, pivots));
-  SharedMoments<Real, Real> moments{0, 0, 0};
-  if (lanes.count > 0) moments = fold(lanes);
-  const std::int64_t i = vectors * kLanes<Real>;
-  if (i < rest.count) {
-    const int n = static_cast<int>(rest.count - i);
-    const Lanes<Real> u = load_first(rest.values + i, n) - pivots;
-    Real sum = 0;
-    for (int k = 0; k < n; ++k) sum += u[k];
-    SharedMoments<Real, Real> last{static_cast<Real>(n), sum / static_cast<Real>(n), 0};
-    for (int k = 0; k < n; ++k) last.m2 += (u[k] - last.mean) * (u[k] - last.mean);
-    moments = merge(moments, last);
-  }
-  *mean = moments.mean;
-  *m2 = moments.m2;
+  if (sums.vectors > 0) sums.close(sums.open);
+  const ExactSum<Real> g = across(sums.g);
+  const ExactSum<Real> gx = across(sums.gx);
+  rows.g[w] = g.sum;
+  rows.g_error[w] = g.error;
+  rows.gx[w] = gx.sum;
+  rows.gx_error[w] = gx.error;
 }
 
-template <typename T>
-void channel_sums(const Part& part, const T* dy, const T* x, const Centres<RealOf<T>>& centres, double* g, double* gx) {
-  using Real = RealOf<T>;
-  const LaneCentre<Real> centre{broadcast(*centres.pivot), broadcast(*centres.offset)};
-  ExactSum<Lanes<Real>> sum_g{};
-  ExactSum<Lanes<Real>> sum_gx{};
-  const auto add = [&](LaneSums<Real> tile) {
-    sum_g.add(tile.g);
-    sum_gx.add(tile.gx);
-  };
-  Remainder<T> rest_dy;
-  Remainder<T> rest_x;
-  for_each_run(part, [&](std::int64_t at, std::int64_t length) {
-    std::int64_t i = 0;
-    for (; i + kTile<T> <= length; i += kTile<T>) add(tile_sums(dy + at + i, x + at + i, kLanes<Real>, centre));
-    rest_dy.append(dy + at + i, length - i);
-    rest_x.append(x + at + i, length - i);
-    if (rest_x.full()) {
-      add(tile_sums(rest_dy.values, rest_x.values, kLanes<Real>, centre));
-      rest_dy.drop_tile();
-      rest_x.drop_tile();
-    }
-  });
-  for (std::int64_t i = 0; i < rest_x.count; i += kLanes<Real>) {
-    const std::int64_t n = rest_x.count - i < kLanes<Real> ? rest_x.count - i : kLanes<Real>;
-    const Lanes<Real> v = load_first(rest_dy.values + i, n);
-    Lanes<Real> u = centre(load_first(rest_x.values + i, n));
-    for (std::int64_t k = n; k < kLanes<Real>; ++k) u[k] = 0;
-    add({v, v * u});
-  }
-  *g = 0;
-  *gx = 0;
-  for (int k = 0; k < kLanes<Real>; ++k) {
-    *g += total(sum_g.sum[k], sum_g.error[k]);
-    *gx += total(sum_gx.sum[k], sum_gx.error[k]);
-  }
-}
-
-// Calls f(i, store) for vectors that cover [0, length), the last of them over part of the one before it.
+// Calls whole(i) for vectors that cover a run, the last of them over part of the one before it; a run shorter than a vector
+// is left to rest(length).
 template <typename T, typename F, typename Rest>
 BRN_LANES void cover(std::int64_t length, F whole, Rest rest) {
-  constexpr int kStep = kLanes<RealOf<T>>;
+  constexpr int kStep = kLanes<T>;
   std::int64_t i = 0;
   for (; i + 4 * kStep <= length; i += 4 * kStep) {
     for (int k = 0; k < 4; ++k) whole(i + k * kStep);
@@ -242,39 +234,39 @@ BRN_LANES void cover(std::int64_t length, F whole, Rest rest) {
   if (length >= kStep) {
     whole(length - kStep);
   } else {
-    rest(i, length - i);
+    rest(length);
   }
 }
 
 template <typename T>
-void channel_normalise(const Part& part, const T* x, const Affines<RealOf<T>>& a, T* y) {
-  using Real = RealOf<T>;
-  const Affine<Lanes<Real>> affine{broadcast(*a.pivot), broadcast(*a.offset), broadcast(*a.scale), broadcast(*a.shift)};
-  for_each_run(part, [&](std::int64_t at, std::int64_t length) {
+BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x, const Affines<RealOf<T>>& a, T* y) {
+  const Affine<Lanes<T>> affine{Lanes<T>::of(a.pivot[w]), Lanes<T>::of(a.offset[w]), Lanes<T>::of(a.scale[w]),
+                                Lanes<T>::of(a.shift[w])};
+  for_each_run(part, w, part.begin, part.end, [&](std::int64_t at, std::int64_t length) BRN_INLINED {
     cover<T>(
-        length, [&](std::int64_t i) { store(y + at + i, apply(affine, load(x + at + i))); },
-        [&](std::int64_t i, std::int64_t n) { store_first(y + at + i, apply(affine, load_first(x + at + i, n)), n); });
+        length, [&](std::int64_t i) BRN_INLINED { store(y + at + i, apply(affine, load(x + at + i))); },
+        [&](std::int64_t n) { store_first(y + at, apply(affine, load_first(x + at, n)), n); });
   });
 }
 
 template <typename T>
-void channel_project(const Part& part, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
-                     const Projections<RealOf<T>>& p, T* dx) {
-  using Real = RealOf<T>;
-  const LaneCentre<Real> centre{broadcast(*centres.pivot), broadcast(*centres.offset)};
-  const Projection<Lanes<Real>> projection{broadcast(*p.mean_g), broadcast(*p.slope), broadcast(*p.scale)};
-  for_each_run(part, [&](std::int64_t at, std::int64_t length) {
+BRN_LANES void channel_project(const Part& part, std::int64_t w, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+                               const Projections<RealOf<T>>& p, T* dx) {
+  const Centre<T> centre{Lanes<T>::of(centres.pivot[w]), Lanes<T>::of(centres.offset[w])};
+  const Projection<Lanes<T>> projection{Lanes<T>::of(p.mean_g[w]), Lanes<T>::of(p.slope[w]), Lanes<T>::of(p.scale[w])};
+  for_each_run(part, w, part.begin, part.end, [&](std::int64_t at, std::int64_t length) BRN_INLINED {
     cover<T>(
         length,
-        [&](std::int64_t i) { store(dx + at + i, apply(projection, load(dy + at + i), centre(load(x + at + i)))); },
-        [&](std::int64_t i, std::int64_t n) {
-          const Lanes<Real> u = centre(load_first(x + at + i, n));
-          store_first(dx + at + i, apply(projection, load_first(dy + at + i, n), u), n);
+        [&](std::int64_t i) BRN_INLINED {
+          store(dx + at + i, apply(projection, load(dy + at + i), centre(load(x + at + i))));
+        },
+        [&](std::int64_t n) {
+          store_first(dx + at, apply(projection, load_first(dy + at, n), centre(load_first(x + at, n))), n);
         });
   });
 }
 
-// ---- kChannelsLast: a part is rows of `width` channels. `column` counts from the slab's first channel.
+// ---- kChannelsLast
 
 struct Rows {
   std::int64_t first;
@@ -287,268 +279,320 @@ BRN_LANES Rows rows_of(const Part& part) {
   return {part.first + part.begin * part.stride, part.end - part.begin, part.stride, part.width};
 }
 
-// Calls f(column, groups) for stretches of whole vectors. Where the width is no multiple of a vector, the last one is a
-// stretch of its own over columns that were done before, with the same result.
-template <typename Real, typename F>
+constexpr int kRows = 8;  // of a tile
+
+// Calls f(column, end) for stretches of whole vectors whose parameters, a few Reals a column, stay in the L1. Where the width
+// is no multiple of a vector, the last one is a stretch of its own over columns that were done before, with the same result.
+template <typename T, typename F>
 BRN_LANES void for_each_stretch(std::int64_t width, F f) {
-  const std::int64_t groups = width / kLanes<Real>;
-  f(std::int64_t{0}, groups);
-  if (groups * kLanes<Real> < width) f(width - kLanes<Real>, std::int64_t{1});
+  constexpr std::int64_t kColumns = 2048 / sizeof(RealOf<T>);
+  const std::int64_t whole = width / kLanes<T> * kLanes<T>;
+  for (std::int64_t c = 0; c < whole; c += kColumns) f(c, c + kColumns < whole ? c + kColumns : whole);
+  if (whole < width) f(width - kLanes<T>, width);
+}
+
+template <typename T>
+using LaneMoments = SharedMoments<RealOf<T>, Lanes<T>>;
+
+template <typename T>
+BRN_LANES LaneMoments<T> tile_moments(const T* x, std::int64_t stride, Lanes<T> pivot) {
+  Lanes<T> u[kRows];
+  for (int k = 0; k < kRows; ++k) u[k] = load(x + k * stride) - pivot;
+  const Lanes<T> mean = sum_of_eight(u) * (RealOf<T>(1) / kRows);
+  for (int k = 0; k < kRows; ++k) u[k] = (u[k] - mean) * (u[k] - mean);
+  return {kRows, mean, sum_of_eight(u)};
+}
+
+// The same of fewer rows.
+template <typename T>
+BRN_LANES LaneMoments<T> tile_moments(const T* x, std::int64_t stride, Lanes<T> pivot, std::int64_t rows) {
+  Lanes<T> mean{};
+  Lanes<T> m2{};
+  for (std::int64_t k = 0; k < rows; ++k) mean += load(x + k * stride) - pivot;
+  mean = mean * (RealOf<T>(1) / static_cast<RealOf<T>>(rows));
+  for (std::int64_t k = 0; k < rows; ++k) {
+    const Lanes<T> deviation = (load(x + k * stride) - pivot) - mean;
+    m2 += deviation * deviation;
+  }
+  return {static_cast<RealOf<T>>(rows), mean, m2};
 }
 
 template <typename T>
 void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean, RealOf<T>* m2) {
-  using Real = RealOf<T>;
-  for_each_stretch<Real>(rows.width, [&](std::int64_t column, std::int64_t groups) {
+  for_each_stretch<T>(rows.width, [&](std::int64_t column, std::int64_t end) BRN_INLINED {
     for (std::int64_t row = 0; row < rows.count; row += kRows) {
       const T* tile = x + rows.first + row * rows.stride;
-      const Real before = static_cast<Real>(row);
       const std::int64_t height = rows.count - row < kRows ? rows.count - row : kRows;
-      for (std::int64_t c = column; c < column + groups * kLanes<Real>; c += kLanes<Real>) {
-        LaneMoments<Real> moments = height == kRows ? tile_moments(tile + c, rows.stride, load(pivot + c))
-                                                    : short_moments(tile + c, height, rows.stride, load(pivot + c));
-        if (row > 0) moments = merge({before, load(mean + c), load(m2 + c)}, moments);
-        store(mean + c, moments.mean);
-        store(m2 + c, moments.m2);
+      for (std::int64_t c = column; c < end; c += kLanes<T>) {
+        const Lanes<T> pivots = load_reals<T>(pivot + c);
+        LaneMoments<T> moments = height == kRows ? tile_moments(tile + c, rows.stride, pivots)
+                                                 : tile_moments(tile + c, rows.stride, pivots, height);
+        if (row > 0) {
+          moments = merge({static_cast<RealOf<T>>(row), load_reals<T>(mean + c), load_reals<T>(m2 + c)}, moments);
+        }
+        store_reals<T>(mean + c, moments.mean);
+        store_reals<T>(m2 + c, moments.m2);
       }
     }
   });
 }
 
-// Rows narrower than a vector: as many of them as fill whole vectors make a wide row.
-template <typename Real>
-struct Narrow {
-  static constexpr int kMost = kLanes<Real> * kLanes<Real>;
-  int fold;   // rows in a wide one
-  Rows wide;
-  std::int64_t rest;  // elements after the last wide row
-
-  BRN_LANES explicit Narrow(const Rows& rows) : fold(kLanes<Real>) {
-    const int width = static_cast<int>(rows.width);
-    while (fold % 2 == 0 && width * (fold / 2) % kLanes<Real> == 0) fold /= 2;
-    wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold};
-    rest = rows.count % fold * rows.width;
-  }
-  BRN_LANES void widen(const Real* narrow, Real* repeated) const {
-    const std::int64_t width = wide.width / fold;
-    for (std::int64_t c = 0; c < wide.width; ++c) repeated[c] = narrow[c % width];
-  }
-  BRN_LANES std::int64_t rest_begin() const { return wide.first + wide.count * wide.stride; }
-};
-
 template <typename T>
-void stripe_moments(const Part& part, const T* x, const RealOf<T>* pivot, RealOf<T>* mean, RealOf<T>* m2) {
-  using Real = RealOf<T>;
-  const Rows rows = rows_of(part);
-  if (rows.width >= kLanes<Real>) return wide_moments(rows, x, pivot, mean, m2);
-
-  const Narrow<Real> narrow(rows);
-  Real pivots[Narrow<Real>::kMost] = {};
-  Real means[Narrow<Real>::kMost];
-  Real m2s[Narrow<Real>::kMost];
-  narrow.widen(pivot, pivots);
-  wide_moments(narrow.wide, x, pivots, means, m2s);
-  const T* last = x + narrow.rest_begin();
-  for (std::int64_t c = 0; c < rows.width; ++c) {
-    SharedMoments<Real, Real> moments{0, 0, 0};
-    for (std::int64_t w = c; narrow.wide.count > 0 && w < narrow.wide.width; w += rows.width) {
-      moments = merge(moments, {static_cast<Real>(narrow.wide.count), means[w], m2s[w]});
-    }
-    for (std::int64_t w = c; w < narrow.rest; w += rows.width) {
-      moments = merge(moments, {Real(1), (load_first(last + w, 1) - pivot[c])[0], Real(0)});
-    }
-    mean[c] = moments.mean;
-    m2[c] = moments.m2;
-  }
-}
-
-template <typename T>
-void wide_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres, double* g, double* gx) {
-  using Real = RealOf<T>;
-  Real state[4][kMaxWidth];
-  for_each_stretch<Real>(rows.width, [&](std::int64_t column, std::int64_t groups) {
+void wide_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+               const SumRows<RealOf<T>>& out) {
+  for_each_stretch<T>(rows.width, [&](std::int64_t column, std::int64_t end) BRN_INLINED {
     for (std::int64_t row = 0; row < rows.count; row += kRows) {
       const std::int64_t tile = rows.first + row * rows.stride;
       const std::int64_t height = rows.count - row < kRows ? rows.count - row : kRows;
-      for (std::int64_t c = column; c < column + groups * kLanes<Real>; c += kLanes<Real>) {
-        const LaneCentre<Real> centre{load(centres.pivot + c), load(centres.offset + c)};
-        LaneSums<Real> sums{};
+      for (std::int64_t c = column; c < end; c += kLanes<T>) {
+        const Centre<T> centre{load_reals<T>(centres.pivot + c), load_reals<T>(centres.offset + c)};
+        LaneSums<T> sums{};
         if (height == kRows) {
           sums = tile_sums(dy + tile + c, x + tile + c, rows.stride, centre);
         } else {
-          for (std::int64_t k = 0; k < height; ++k) {
-            const Lanes<Real> v = load(dy + tile + k * rows.stride + c);
-            sums = {sums.g + v, sums.gx + v * centre(load(x + tile + k * rows.stride + c))};
+          for (std::int64_t k = tile + c; k < tile + c + height * rows.stride; k += rows.stride) {
+            const Lanes<T> g = load(dy + k);
+            sums += {g, g * centre(load(x + k))};
           }
         }
-        ExactSum<Lanes<Real>> sum_g{sums.g, {}};
-        ExactSum<Lanes<Real>> sum_gx{sums.gx, {}};
+        ExactSum<Lanes<T>> g{};
+        ExactSum<Lanes<T>> gx{};
         if (row > 0) {
-          sum_g = {load(state[0] + c), load(state[1] + c)};
-          sum_gx = {load(state[2] + c), load(state[3] + c)};
-          sum_g.add(sums.g);
-          sum_gx.add(sums.gx);
+          g = {load_reals<T>(out.g + c), load_reals<T>(out.g_error + c)};
+          gx = {load_reals<T>(out.gx + c), load_reals<T>(out.gx_error + c)};
         }
-        store(state[0] + c, sum_g.sum);
-        store(state[1] + c, sum_g.error);
-        store(state[2] + c, sum_gx.sum);
-        store(state[3] + c, sum_gx.error);
+        g.add(sums.g);
+        gx.add(sums.gx);
+        store_reals<T>(out.g + c, g.sum);
+        store_reals<T>(out.g_error + c, g.error);
+        store_reals<T>(out.gx + c, gx.sum);
+        store_reals<T>(out.gx_error + c, gx.error);
       }
     }
   });
-  for (std::int64_t c = 0; c < rows.width; ++c) {
-    g[c] = rows.count > 0 ? total(state[0][c], state[1][c]) : 0;
-    gx[c] = rows.count > 0 ? total(state[2][c], state[3][c]) : 0;
-  }
+}
+
+// Calls f(element, rows, column) for each vector of columns, kTogether rows at a time, so that the parameters of its channels
+// stay in registers.
+template <typename T, int kTogether, typename F>
+BRN_LANES void for_each_vector(const Rows& rows, F f) {
+  for_each_stretch<T>(rows.width, [&](std::int64_t column, std::int64_t end) BRN_INLINED {
+    for (std::int64_t row = 0; row < rows.count; row += kTogether) {
+      const std::int64_t at = rows.first + row * rows.stride;
+      const std::int64_t height = rows.count - row;
+      if (height >= kTogether) {
+        for (std::int64_t c = column; c < end; c += kLanes<T>) f(at + c, kTogether, c);  // unrolled
+      } else {
+        for (std::int64_t c = column; c < end; c += kLanes<T>) f(at + c, height, c);
+      }
+    }
+  });
 }
 
 template <typename T>
-void stripe_sums(const Part& part, const T* dy, const T* x, const Centres<RealOf<T>>& centres, double* g, double* gx) {
-  using Real = RealOf<T>;
-  const Rows rows = rows_of(part);
-  if (rows.width >= kLanes<Real>) return wide_sums(rows, dy, x, centres, g, gx);
-
-  const Narrow<Real> narrow(rows);
-  Real pivots[Narrow<Real>::kMost];
-  Real offsets[Narrow<Real>::kMost];
-  double gs[Narrow<Real>::kMost];
-  double gxs[Narrow<Real>::kMost];
-  narrow.widen(centres.pivot, pivots);
-  narrow.widen(centres.offset, offsets);
-  wide_sums(narrow.wide, dy, x, {pivots, offsets}, gs, gxs);
-  const std::int64_t last = narrow.rest_begin();
-  for (std::int64_t c = 0; c < rows.width; ++c) {
-    g[c] = 0;
-    gx[c] = 0;
-    for (std::int64_t w = c; w < narrow.wide.width; w += rows.width) {
-      g[c] += gs[w];
-      gx[c] += gxs[w];
-    }
-    for (std::int64_t w = c; w < narrow.rest; w += rows.width) {
-      const Real v = load_first(dy + last + w, 1)[0];
-      g[c] += static_cast<double>(v);
-      gx[c] += static_cast<double>(v * ((load_first(x + last + w, 1)[0] - centres.pivot[c]) - centres.offset[c]));
-    }
-  }
+BRN_LANES Affine<Lanes<T>> load_affine(const Affines<RealOf<T>>& a, std::int64_t c) {
+  return {load_reals<T>(a.pivot + c), load_reals<T>(a.offset + c), load_reals<T>(a.scale + c), load_reals<T>(a.shift + c)};
 }
 
-// Calls whole(element, column) or rest(element, column, n), some rows at a time for each vector of columns, so that its
-// parameters stay in registers.
+// Rows that are pages apart compete for the sets of the L1: fewer of them together then.
 template <typename T, typename F>
 BRN_LANES void for_each_vector(const Rows& rows, F f) {
-  constexpr int kTogether = 4;
-  using Real = RealOf<T>;
-  for (std::int64_t row = 0; row < rows.count; row += kTogether) {
-    const std::int64_t height = rows.count - row < kTogether ? rows.count - row : kTogether;
-    for_each_stretch<Real>(rows.width, [&](std::int64_t column, std::int64_t groups) {
-      for (std::int64_t c = column; c < column + groups * kLanes<Real>; c += kLanes<Real>) {
-        f(rows.first + row * rows.stride + c, height, c);
-      }
-    });
-  }
+  constexpr std::int64_t kPage = 4096 / sizeof(T);
+  rows.stride < kPage ? for_each_vector<T, 4>(rows, f) : for_each_vector<T, 2>(rows, f);
 }
 
 template <typename T>
 void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T* y) {
-  for_each_vector<T>(rows, [&](std::int64_t at, std::int64_t height, std::int64_t c) {
-    const Affine<Lanes<RealOf<T>>> affine{load(a.pivot + c), load(a.offset + c), load(a.scale + c), load(a.shift + c)};
+  for_each_vector<T>(rows, [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
+    const Affine<Lanes<T>> affine = load_affine<T>(a, c);
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) store(y + at, apply(affine, load(x + at)));
   });
 }
 
 template <typename T>
-void stripe_normalise(const Part& part, const T* x, const Affines<RealOf<T>>& a, T* y) {
-  using Real = RealOf<T>;
-  const Rows rows = rows_of(part);
-  if (rows.width >= kLanes<Real>) return wide_normalise(rows, x, a, y);
-
-  const Narrow<Real> narrow(rows);
-  Real repeated[4][Narrow<Real>::kMost];
-  narrow.widen(a.pivot, repeated[0]);
-  narrow.widen(a.offset, repeated[1]);
-  narrow.widen(a.scale, repeated[2]);
-  narrow.widen(a.shift, repeated[3]);
-  wide_normalise(narrow.wide, x, {repeated[0], repeated[1], repeated[2], repeated[3]}, y);
-  for (std::int64_t w = 0; w < narrow.rest; w += kLanes<Real>) {
-    const Affine<Lanes<Real>> affine{load(repeated[0] + w), load(repeated[1] + w), load(repeated[2] + w),
-                                     load(repeated[3] + w)};
-    const std::int64_t n = narrow.rest - w < kLanes<Real> ? narrow.rest - w : kLanes<Real>;
-    const std::int64_t at = narrow.rest_begin() + w;
-    store_first(y + at, apply(affine, load_first(x + at, n)), n);
-  }
-}
-
-template <typename T>
 void wide_project(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
                   const Projections<RealOf<T>>& p, T* dx) {
-  using Real = RealOf<T>;
-  for_each_vector<T>(rows, [&](std::int64_t at, std::int64_t height, std::int64_t c) {
-    const LaneCentre<Real> centre{load(centres.pivot + c), load(centres.offset + c)};
-    const Projection<Lanes<Real>> projection{load(p.mean_g + c), load(p.slope + c), load(p.scale + c)};
+  for_each_vector<T>(rows, [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
+    const Centre<T> centre{load_reals<T>(centres.pivot + c), load_reals<T>(centres.offset + c)};
+    const Projection<Lanes<T>> projection{load_reals<T>(p.mean_g + c), load_reals<T>(p.slope + c), load_reals<T>(p.scale + c)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
       store(dx + at, apply(projection, load(dy + at), centre(load(x + at))));
     }
   });
 }
 
+// Rows narrower than a vector: as many of them as fill whole vectors make one wide row. What is left over is less than a wide
+// row; it is copied and filled up to one.
 template <typename T>
-void stripe_project(const Part& part, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
-                    const Projections<RealOf<T>>& p, T* dx) {
+struct Narrow {
   using Real = RealOf<T>;
-  const Rows rows = rows_of(part);
-  if (rows.width >= kLanes<Real>) return wide_project(rows, dy, x, centres, p, dx);
+  static constexpr int kMost = kLanes<T> * kLanes<T>;
 
-  const Narrow<Real> narrow(rows);
-  Real repeated[5][Narrow<Real>::kMost];
-  narrow.widen(centres.pivot, repeated[0]);
-  narrow.widen(centres.offset, repeated[1]);
-  narrow.widen(p.mean_g, repeated[2]);
-  narrow.widen(p.slope, repeated[3]);
-  narrow.widen(p.scale, repeated[4]);
-  wide_project(narrow.wide, dy, x, {repeated[0], repeated[1]}, {repeated[2], repeated[3], repeated[4]}, dx);
-  for (std::int64_t w = 0; w < narrow.rest; w += kLanes<Real>) {
-    const LaneCentre<Real> centre{load(repeated[0] + w), load(repeated[1] + w)};
-    const Projection<Lanes<Real>> projection{load(repeated[2] + w), load(repeated[3] + w), load(repeated[4] + w)};
-    const std::int64_t n = narrow.rest - w < kLanes<Real> ? narrow.rest - w : kLanes<Real>;
-    const std::int64_t at = narrow.rest_begin() + w;
-    store_first(dx + at, apply(projection, load_first(dy + at, n), centre(load_first(x + at, n))), n);
+  std::int64_t width;
+  std::int64_t fold;  // rows in a wide one
+  Rows wide;
+  std::int64_t rest;  // elements after the last wide row
+  std::int64_t rest_at;
+
+  BRN_LANES explicit Narrow(const Rows& rows) : width(rows.width), fold(kLanes<T>) {
+    while (fold % 2 == 0 && width * (fold / 2) % kLanes<T> == 0) fold /= 2;
+    wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold};
+    rest = rows.count % fold * rows.width;
+    rest_at = wide.first + wide.count * wide.stride;
   }
+  BRN_LANES Rows rest_row() const { return {0, 1, wide.width, wide.width}; }
+
+  // The parameters of a wide row.
+  BRN_LANES const Real* widen(const Real* values, Real* repeated) const {
+    for (std::int64_t k = 0; k < wide.width; ++k) repeated[k] = k < width ? values[k] : repeated[k - width];
+    return repeated;
+  }
+  BRN_LANES const T* widen_rest(const T* x, T* row) const {
+    std::memset(row, 0, static_cast<std::size_t>(wide.width) * sizeof(T));
+    std::memcpy(row, x + rest_at, static_cast<std::size_t>(rest) * sizeof(T));
+    return row;
+  }
+};
+
+template <typename T>
+void narrow_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean, RealOf<T>* m2) {
+  using Real = RealOf<T>;
+  const Narrow<T> narrow(rows);
+  Real pivots[Narrow<T>::kMost];
+  Real means[2][Narrow<T>::kMost];  // of the wide rows, of the rest
+  Real m2s[2][Narrow<T>::kMost];
+  T row[Narrow<T>::kMost];
+  narrow.widen(pivot, pivots);
+  wide_moments(narrow.wide, x, pivots, means[0], m2s[0]);
+  if (narrow.rest > 0) wide_moments(narrow.rest_row(), narrow.widen_rest(x, row), pivots, means[1], m2s[1]);
+  const Real count = static_cast<Real>(narrow.wide.count);
+  const std::int64_t whole = narrow.wide.count > 0 ? narrow.wide.width : 0;
+  for (std::int64_t c = 0; c < rows.width; ++c) {
+    SharedMoments<Real, Real> moments{0, 0, 0};
+    for (std::int64_t k = c; k < whole; k += rows.width) moments = merge(moments, {count, means[0][k], m2s[0][k]});
+    for (std::int64_t k = c; k < narrow.rest; k += rows.width) moments = merge(moments, {Real(1), means[1][k], m2s[1][k]});
+    mean[c] = moments.mean;
+    m2[c] = moments.m2;
+  }
+}
+
+template <typename T>
+void narrow_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+                 const SumRows<RealOf<T>>& out) {
+  using Real = RealOf<T>;
+  const Narrow<T> narrow(rows);
+  Real repeated[2][Narrow<T>::kMost];
+  Real sums[2][4][Narrow<T>::kMost];  // of the wide rows, of the rest
+  T row[2][Narrow<T>::kMost];
+  const Centres<Real> wide{narrow.widen(centres.pivot, repeated[0]), narrow.widen(centres.offset, repeated[1])};
+  wide_sums(narrow.wide, dy, x, wide, {sums[0][0], sums[0][1], sums[0][2], sums[0][3]});
+  if (narrow.rest > 0) {
+    wide_sums(narrow.rest_row(), narrow.widen_rest(dy, row[0]), narrow.widen_rest(x, row[1]), wide,
+              {sums[1][0], sums[1][1], sums[1][2], sums[1][3]});
+  }
+  const std::int64_t ends[2] = {narrow.wide.count > 0 ? narrow.wide.width : 0, narrow.rest};
+  for (std::int64_t c = 0; c < rows.width; ++c) {
+    ExactSum<Real> g{};
+    ExactSum<Real> gx{};
+    for (int i = 0; i < 2; ++i) {
+      for (std::int64_t k = c; k < ends[i]; k += rows.width) {
+        g.add(sums[i][0][k]);
+        g.error += sums[i][1][k];
+        gx.add(sums[i][2][k]);
+        gx.error += sums[i][3][k];
+      }
+    }
+    out.g[c] = g.sum;
+    out.g_error[c] = g.error;
+    out.gx[c] = gx.sum;
+    out.gx_error[c] = gx.error;
+  }
+}
+
+template <typename T>
+void narrow_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T* y) {
+  const Narrow<T> narrow(rows);
+  RealOf<T> repeated[4][Narrow<T>::kMost];
+  T row[2][Narrow<T>::kMost];
+  const Affines<RealOf<T>> wide{narrow.widen(a.pivot, repeated[0]), narrow.widen(a.offset, repeated[1]),
+                                narrow.widen(a.scale, repeated[2]), narrow.widen(a.shift, repeated[3])};
+  wide_normalise(narrow.wide, x, wide, y);
+  if (narrow.rest == 0) return;
+  wide_normalise(narrow.rest_row(), narrow.widen_rest(x, row[0]), wide, row[1]);
+  std::memcpy(y + narrow.rest_at, row[1], static_cast<std::size_t>(narrow.rest) * sizeof(T));
+}
+
+template <typename T>
+void narrow_project(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+                    const Projections<RealOf<T>>& p, T* dx) {
+  const Narrow<T> narrow(rows);
+  RealOf<T> repeated[5][Narrow<T>::kMost];
+  T row[3][Narrow<T>::kMost];
+  const Centres<RealOf<T>> wide_centres{narrow.widen(centres.pivot, repeated[0]), narrow.widen(centres.offset, repeated[1])};
+  const Projections<RealOf<T>> wide{narrow.widen(p.mean_g, repeated[2]), narrow.widen(p.slope, repeated[3]),
+                                    narrow.widen(p.scale, repeated[4])};
+  wide_project(narrow.wide, dy, x, wide_centres, wide, dx);
+  if (narrow.rest == 0) return;
+  wide_project(narrow.rest_row(), narrow.widen_rest(dy, row[0]), narrow.widen_rest(x, row[1]), wide_centres, wide, row[2]);
+  std::memcpy(dx + narrow.rest_at, row[2], static_cast<std::size_t>(narrow.rest) * sizeof(T));
 }
 
 // ---- the table
 
 template <typename T>
-struct Entry {
+struct Entries {
   using Real = RealOf<T>;
 
+  static bool is_narrow(const Part& part) { return part.width < kLanes<T>; }
+
   static void pivots(const Part& part, const T* x, Real* pivot) {
-    for (std::int64_t c = 0; c < part.width; c += kLanes<Real>) {
-      const std::int64_t n = part.width - c < kLanes<Real> ? part.width - c : kLanes<Real>;
-      store_first(pivot + c, load_first(x + part.first + c, n), n);
+    const std::int64_t stride = part.layout == Layout::kChannelsFirst ? part.plane : 1;
+    for (std::int64_t w = 0; w < part.width; ++w) pivot[w] = load_first(x + part.first + w * stride, 1).v[0][0];
+  }
+
+  static void moments(const Part& part, const T* x, const Real* pivot, Real* mean, Real* m2) {
+    if (part.layout == Layout::kChannelsFirst) {
+      for (std::int64_t w = 0; w < part.width; ++w) {
+        const SharedMoments<Real, Real> moments = channel_moments(part, w, x, pivot[w]);
+        mean[w] = moments.mean;
+        m2[w] = moments.m2;
+      }
+    } else {
+      is_narrow(part) ? narrow_moments(rows_of(part), x, pivot, mean, m2) : wide_moments(rows_of(part), x, pivot, mean, m2);
     }
   }
-  static void moments(const Part& part, const T* x, const Real* pivot, Real* mean, Real* m2) {
-    part.layout == Layout::kChannelsFirst ? channel_moments(part, x, pivot, mean, m2)
-                                          : stripe_moments(part, x, pivot, mean, m2);
+
+  static void sums(const Part& part, const T* dy, const T* x, const Centres<Real>& centres, const SumRows<Real>& out) {
+    if (part.layout == Layout::kChannelsFirst) {
+      for (std::int64_t w = 0; w < part.width; ++w) channel_sums(part, w, dy, x, centres, out);
+    } else {
+      is_narrow(part) ? narrow_sums(rows_of(part), dy, x, centres, out) : wide_sums(rows_of(part), dy, x, centres, out);
+    }
   }
-  static void sums(const Part& part, const T* dy, const T* x, const Centres<Real>& centres, double* g, double* gx) {
-    part.layout == Layout::kChannelsFirst ? channel_sums(part, dy, x, centres, g, gx)
-                                          : stripe_sums(part, dy, x, centres, g, gx);
-  }
+
   static void normalise(const Part& part, const T* x, const Affines<Real>& a, T* y) {
-    part.layout == Layout::kChannelsFirst ? channel_normalise(part, x, a, y) : stripe_normalise(part, x, a, y);
+    if (part.layout == Layout::kChannelsFirst) {
+      for (std::int64_t w = 0; w < part.width; ++w) channel_normalise(part, w, x, a, y);
+    } else {
+      is_narrow(part) ? narrow_normalise(rows_of(part), x, a, y) : wide_normalise(rows_of(part), x, a, y);
+    }
   }
+
   static void project(const Part& part, const T* dy, const T* x, const Centres<Real>& centres,
                       const Projections<Real>& p, T* dx) {
-    part.layout == Layout::kChannelsFirst ? channel_project(part, dy, x, centres, p, dx)
-                                          : stripe_project(part, dy, x, centres, p, dx);
+    if (part.layout == Layout::kChannelsFirst) {
+      for (std::int64_t w = 0; w < part.width; ++w) channel_project(part, w, dy, x, centres, p, dx);
+    } else {
+      is_narrow(part) ? narrow_project(rows_of(part), dy, x, centres, p, dx)
+                      : wide_project(rows_of(part), dy, x, centres, p, dx);
+    }
   }
 
   static constexpr Sweeps<T> sweeps() { return {pivots, moments, sums, normalise, project}; }
 };
 
 constexpr Isa table(const char* name) {
-  return {name, Entry<float>::sweeps(), Entry<double>::sweeps(), Entry<Half>::sweeps(), Entry<BFloat16>::sweeps()};
+  return {name, Entries<float>::sweeps(), Entries<double>::sweeps(), Entries<Half>::sweeps(), Entries<BFloat16>::sweeps()};
 }
 
 }  // namespace

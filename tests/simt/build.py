@@ -1,7 +1,8 @@
 """Compiles the shipped .cu files with g++ against the stand-in CUDA headers of this directory.
 
-Objects and libraries are cached under ``build/simt`` by a digest of the flags, the source and every project header it
-includes, so that a change, or the planted bugs of test_planted_bugs.py, recompile what they touch and nothing else.
+Objects and libraries are cached under ``build/simt`` by a digest of the flags, the source and every
+project header it includes, so that a change, or the planted bugs of test_planted_bugs.py, recompile
+what they touch and nothing else.
 """
 
 from __future__ import annotations
@@ -23,12 +24,20 @@ SOURCES = (
     "csrc/kernels/backward.cu",
     "csrc/kernels/inference.cu",
     "tests/simt/entry.cpp",
-    "tests/simt/fiber.cpp",
-    "tests/simt/scheduler.cpp",
 )
-# Without optimisation the kernels' templates are 20 times slower; above -O1 they only take longer to compile.
+EMULATOR = (
+    "tests/simt/block.cpp",
+    "tests/simt/fiber.cpp",
+    "tests/simt/grid.cpp",
+    "tests/simt/launch.cpp",
+)
+# Without optimisation the kernels' templates are 20 times slower; above -O1 they only take longer
+# to compile.
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+# The kernels alone are instrumented: the emulator says itself which of its switches order memory.
+RACES = ("-fsanitize=thread",)
+RACES_EMULATOR = ("-DSIMT_TSAN",)
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
 
@@ -94,16 +103,40 @@ def compile_object(source: Path, root: Path, flags: tuple[str, ...]) -> Path:
 
 
 def library(
-    root: Path = REPOSITORY, *, sanitize: bool = False, sources: Iterable[str] = SOURCES, jobs: int = 2
+    root: Path = REPOSITORY,
+    *,
+    sanitize: bool = False,
+    races: bool = False,
+    defines: tuple[str, ...] = (),
+    sources: Iterable[str] = SOURCES,
+    jobs: int = 2,
 ) -> Path:
-    """Builds what is not there yet and returns the shared library. ``root`` holds csrc/ and tests/simt/."""
-    flags = FLAGS + (SANITIZE if sanitize else ())
+    """Builds what is not there yet and returns the shared library: ``sources`` and the emulator.
+
+    ``root`` holds csrc/ and tests/simt/. ``sanitize`` and ``races`` need the sanitizers' run-time
+    libraries preloaded: see ``preloaded``.
+    """
+    flags = FLAGS + (SANITIZE if sanitize else ()) + defines
+    tasks = [(name, flags + (RACES if races else ())) for name in sources]
+    tasks += [(name, flags + (RACES_EMULATOR if races else ())) for name in EMULATOR]
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(lambda name: compile_object(root / name, root, flags), sources))
+        objects = list(pool.map(lambda t: compile_object(root / t[0], root, t[1]), tasks))
     target = CACHE / f"libsimt-{_digest(*flags, *(o.name for o in objects))}.so"
     if not target.exists():
-        linked = [compiler(), "-shared", "-pthread", "-Wl,-z,defs", *(SANITIZE if sanitize else ())]
-        if sanitize:
-            linked.remove("-Wl,-z,defs")  # the sanitizers' symbols come from the preloaded runtime
+        linked = [compiler(), "-shared", "-pthread", *(SANITIZE if sanitize else ())]
+        if not sanitize and not races:
+            linked.append("-Wl,-z,defs")
         _run_into(target, [*linked, *map(str, objects)])
     return target
+
+
+def preloaded(*names: str) -> str:
+    """LD_PRELOAD for these run-time libraries of the compiler; Python is not instrumented."""
+    paths = []
+    for name in names:
+        command = [compiler(), f"-print-file-name={name}"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        paths.append(done.stdout.strip())
+        if not os.path.isabs(paths[-1]):
+            raise RuntimeError(f"{compiler()} has no {name}: install its sanitizer libraries")
+    return " ".join(paths)

@@ -1,7 +1,9 @@
-"""Runs the shipped kernels on the CPU from numpy arrays, with everything a GPU would not tell: buffers between guard zones,
-outputs full of NaN beforehand, control words checked afterwards, and the order of threads and blocks as a parameter.
+"""Runs the shipped kernels on the CPU from numpy arrays, with everything a GPU would not tell:
+buffers between guard zones, outputs full of NaN beforehand, control words checked afterwards, and
+the order of threads and blocks as a parameter.
 
-Arrays are [N, C, S]; the layout decides how they lie in memory. bfloat16 values travel as float32 arrays.
+Arrays are [N, C, S]; the layout decides how they lie in memory. bfloat16 values travel as float32
+arrays.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ class Plan:
 
 
 class KernelError(RuntimeError):
-    """A launch that did not end well: the cudaError_t and, for a failure inside a kernel, who waited where."""
+    """A launch that did not end well: the cudaError_t and, for a failure inside a kernel, who
+    waited where."""
 
     def __init__(self, code: int, message: str):
         super().__init__(f"error {code}: {message}")
@@ -189,7 +192,8 @@ class Arena:
     def __call__(
         self, name: str, values: np.ndarray | None, *, alignment: int = 64, written: bool = False
     ) -> ctypes.c_void_p:
-        """The address of a copy of ``values``; null for None. What is not ``written`` must come back unchanged."""
+        """The address of a copy of ``values``; null for None. What is not ``written`` must come
+        back unchanged."""
         if values is None:
             return ctypes.c_void_p(None)
         buffer = Buffer(self._library, values.nbytes, alignment)
@@ -217,7 +221,8 @@ def poison(shape: tuple[int, ...] | int, dtype: str | type) -> np.ndarray:
 
 
 class Emulator:
-    """A library of tests/simt/build.py. Control words persist from launch to launch, as on a GPU."""
+    """A library of tests/simt/build.py. Control words persist from launch to launch, as on a
+    GPU."""
 
     def __init__(self, path: os.PathLike | str):
         self.library = ctypes.CDLL(str(path))
@@ -362,7 +367,12 @@ class Emulator:
         return out
 
     def _workspace(
-        self, arena: Arena, problem: Problem, plan: Plan, control_needed: bool, proposals_needed: bool
+        self,
+        arena: Arena,
+        problem: Problem,
+        plan: Plan,
+        control_needed: bool,
+        proposals_needed: bool,
     ) -> list[ctypes.c_void_p]:
         """What launch.h says a launch needs, and null for the rest."""
         control, partials, proposals = self.workspace_bytes(problem, plan)
@@ -371,12 +381,12 @@ class Emulator:
         return [
             ctypes.c_void_p(self.control.ctypes.data if needed else None),
             arena("partials", poison(partials, np.uint8) if partials else None, written=True),
-            arena("proposals", poison(proposals, np.uint8) if proposals_needed else None, written=True),
+            arena(
+                "proposals", poison(proposals, np.uint8) if proposals_needed else None, written=True
+            ),
         ]
 
-    def _tensor(
-        self, arena: Arena, name: str, problem: Problem, x: np.ndarray
-    ) -> ctypes.c_void_p:
+    def _tensor(self, arena: Arena, name: str, problem: Problem, x: np.ndarray) -> ctypes.c_void_p:
         assert x.shape == problem.shape, (x.shape, problem.shape)
         if problem.layout == Layout.LAST:
             x = x.transpose(0, 2, 1)
@@ -398,7 +408,11 @@ class Emulator:
 
     def _launch(self, problem: Problem, plan: Plan, arena: Arena, function, pointers, *rest):
         self.library.simt_configure(
-            problem.fields(), self.sm_count, self.blocks_per_sm, int(self.schedule.order), self.schedule.seed
+            problem.fields(),
+            self.sm_count,
+            self.blocks_per_sm,
+            int(self.schedule.order),
+            self.schedule.seed,
         )
         array = (ctypes.c_void_p * len(pointers))(*(p.value for p in pointers))
         code = function(problem.fields(), plan.fields(), array, *rest)
@@ -409,7 +423,9 @@ class Emulator:
         # Bit 31 of a barrier's word is its phase; everything else must be as it was.
         left = np.flatnonzero(self.control & 0x7FFFFFFF)
         if left.size:
-            raise MemoryError_(f"control words {left[:4]} are {self.control[left[:4]]} after the launch")
+            raise MemoryError_(
+                f"control words {left[:4]} are {self.control[left[:4]]} after the launch"
+            )
         return out
 
 
@@ -451,6 +467,8 @@ __all__ = [
     "Plan",
     "Problem",
     "Schedule",
+    "decoded",
+    "encoded",
     "load",
     "replace",
     "rounded",

@@ -69,21 +69,17 @@ void simt_configure(const std::int64_t* problem, int sm_count, int blocks_per_sm
   simt::configure({sm_count, promised}, static_cast<simt::Order>(order), seed);
 }
 
+void simt_select_blocks(unsigned first, unsigned count) { simt::select_blocks(first, count); }
+
 const char* simt_last_error() { return simt::last_error(); }
 
 void simt_plan(int pass, const std::int64_t* problem, int sm_count, std::int64_t* plan) {
   const Problem p = problem_of(problem);
   const Device device{sm_count};
   switch (static_cast<Pass>(pass)) {
-    case Pass::kForward:
-      write_plan(plan_forward(p, device), plan);
-      break;
-    case Pass::kBackward:
-      write_plan(plan_backward(p, device), plan);
-      break;
-    case Pass::kInference:
-      write_plan(plan_inference(p, device), plan);
-      break;
+    case Pass::kForward: write_plan(plan_forward(p, device), plan); break;
+    case Pass::kBackward: write_plan(plan_backward(p, device), plan); break;
+    case Pass::kInference: write_plan(plan_inference(p, device), plan); break;
   }
 }
 

@@ -7,6 +7,17 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#if defined(SIMT_TSAN)
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* mark);
+void __tsan_release(void* mark);
+}
+#endif
+
 #if !defined(SIMT_PORTABLE_FIBERS)
 // Callee-saved registers of the System V ABI go to the old stack, the stack pointer changes, and
 // they come back from the new one: 5 ns, where swapcontext() makes a system call and takes 300.
@@ -59,6 +70,35 @@ void make_fiber(Fiber& fiber, char* stack, std::size_t size, void (*entry)()) {
   fiber.stack = stack;
   fiber.stack_size = size;
 #endif
+#if defined(SIMT_TSAN)
+  end_fiber(fiber);
+  fiber.thread = __tsan_create_fiber(0);
+#endif
+}
+
+void end_fiber(Fiber& fiber) {
+#if defined(SIMT_TSAN)
+  if (fiber.thread != nullptr) __tsan_destroy_fiber(fiber.thread);
+  fiber.thread = nullptr;
+#else
+  (void)fiber;
+#endif
+}
+
+void happens_before(void* mark) {
+#if defined(SIMT_TSAN)
+  __tsan_release(mark);
+#else
+  (void)mark;
+#endif
+}
+
+void happens_after(void* mark) {
+#if defined(SIMT_TSAN)
+  __tsan_acquire(mark);
+#else
+  (void)mark;
+#endif
 }
 
 void fiber_entered(Fiber& from) {
@@ -74,6 +114,11 @@ void switch_fiber(Fiber& from, Fiber& to, bool last) {
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack, to.stack_size);
 #else
   (void)last;
+#endif
+#if defined(SIMT_TSAN)
+  constexpr unsigned kUnordered = 1;
+  if (from.thread == nullptr) from.thread = __tsan_get_current_fiber();  // the OS thread's own
+  __tsan_switch_to_fiber(to.thread, last ? 0 : kUnordered);
 #endif
 #if defined(SIMT_PORTABLE_FIBERS)
   swapcontext(&from.context, &to.context);

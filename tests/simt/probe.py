@@ -1,9 +1,11 @@
-"""Runs a short selection of launches from a given library and says what is wrong with the results, if anything.
+"""Runs a short selection of launches from a given library and says what is wrong with the results,
+if anything.
 
-    python tests/simt/probe.py LIBRARY forward|backward
+    python tests/simt/probe.py LIBRARY forward|backward [--one-schedule]
 
-A process of its own, because a kernel with a planted bug may crash or never end. Exit status 1 and a line that begins with
-CAUGHT: the numbers are off, the bits depend on the schedule, a write went astray, or the emulator stopped the launch.
+A process of its own, because a kernel with a planted bug may crash or never end. Exit status 1 and
+a line that begins with CAUGHT: the numbers are off, the bits depend on the schedule, a write went
+astray, or the emulator stopped the launch.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ SCHEDULES = [
     Schedule(Order.PARALLEL, 1),
 ]
 
-# Problem, SMs, choice: one block a slab, teams with several slabs each, several rounds, stripes that end beyond C.
+# Problem, SMs, choice: one block a slab, teams with several slabs each, several rounds, stripes
+# that end beyond C.
 CASES = [
     (Problem(3, 5, 49), 4, {}),
     (Problem(6, 7, 200), 2, {"threads": 64, "team": 3}),
@@ -43,20 +46,30 @@ def scaled_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def outcome(emulator: Emulator, which: Pass, problem: Problem, plan, data) -> dict[str, np.ndarray]:
     state = {k: data[k] for k in ("weight", "bias", "running_mean", "running_std")}
-    # A jump of the limits and a cumulative average: a block that reads the counter too late cannot go unnoticed.
+    # A jump of the limits and a cumulative average: a block that reads the counter too late cannot
+    # go unnoticed.
     step = {"num_batches_tracked": 3, "schedule": np.array([3, 3.0, 3, 5.0, 3]), "momentum": -1.0}
     want = truth.forward(data["x"], **state, **step)
     if which == Pass.FORWARD:
         got = emulator.forward(problem, data["x"], plan=plan, **state, **step)
+        kept = emulator.forward(problem, data["x"], plan=plan, skip_nonfinite=True, **state, **step)
+        for name in ("running_mean", "running_std", "num_batches_tracked"):
+            if kept[name].tobytes() != got[name].tobytes():
+                raise AssertionError(f"{name} differs with skip_nonfinite")
         want["stats"] = np.array([want[k] for k in ("inv_std", "r", "d")])
         got["stats"] = got["stats"][2:]
         names = ("y", "stats", "running_mean", "running_std", "num_batches_tracked")
     else:
         rows = (want["pivot"], want["mean"] - want["pivot"], want["inv_std"], want["r"], want["d"])
         stats = np.array(rows).astype(np.float32)
-        got = emulator.backward(problem, data["dy"], data["x"], weight=data["weight"], stats=stats, plan=plan)
+        got = emulator.backward(
+            problem, data["dy"], data["x"], weight=data["weight"], stats=stats, plan=plan
+        )
         want = truth.backward(
-            data["dy"], data["x"], data["weight"], **{k: want[k] for k in ("mean", "inv_std", "r", "d")}
+            data["dy"],
+            data["x"],
+            data["weight"],
+            **{k: want[k] for k in ("mean", "inv_std", "r", "d")},
         )
         names = ("dx", "dweight", "dbias")
     for name in names:
@@ -69,6 +82,7 @@ def outcome(emulator: Emulator, which: Pass, problem: Problem, plan, data) -> di
 def main() -> None:
     emulator = Emulator(sys.argv[1])
     which = Pass[sys.argv[2].upper()]
+    schedules = [Schedule(Order.RANDOM, 1)] if "--one-schedule" in sys.argv else SCHEDULES
     rng = np.random.default_rng(0)
     for problem, sm_count, choice in CASES:
         n, c, s = problem.shape
@@ -86,7 +100,7 @@ def main() -> None:
             made = {"columns": plan.columns, "threads": plan.threads, "team": plan.team, **choice}
             plan = emulator.cut(problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made)
         first = None
-        for emulator.schedule in SCHEDULES:
+        for emulator.schedule in schedules:
             try:
                 got = outcome(emulator, which, problem, plan, data)
                 first = first or got

@@ -25,8 +25,8 @@ struct Chip {
 
 void configure(Chip chip, Order order, unsigned seed);
 
-// Launches run only `count` of their blocks, from `first` on: a test of what lies at the end of a tensor that is too large to
-// run as a whole. count 0: all.
+// Launches run only `count` of their blocks, from `first` on: a test of what lies at the end of a
+// tensor that is too large to run as a whole. count 0: all.
 void select_blocks(unsigned first, unsigned count);
 
 // Why the last launch on this OS thread failed; empty if it did not.
@@ -38,7 +38,7 @@ struct Site {
   int line;
 };
 
-enum class Operation { kShuffleXor, kShuffleDown, kShuffle, kSyncWarp };
+enum class Operation { kBarrier, kShuffleXor, kShuffleDown, kShuffle, kSyncWarp, kPause };
 
 // Publishes `value` and returns what lane `source` published in the same exchange; every lane of
 // the warp takes part.

@@ -1,7 +1,7 @@
 """The contract in numpy, written from its text and sharing no code with csrc/core/math.h.
 
-x is [N, C, S], its values as the kernel's own dtype holds them; everything else is [C]. Computed in extended precision, so
-that it can judge float64 kernels too.
+x is [N, C, S], its values as the kernel's own dtype holds them; everything else is [C]. Computed in
+extended precision, so that it can judge float64 kernels too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ def _column(values: np.ndarray | float) -> np.ndarray:
 
 
 def limits_at(schedule: np.ndarray, step: int) -> tuple[float, float]:
-    """r_max and d_max of the batch after `step` others; schedule: warmup_steps, r_max, r_max_step, d_max, d_max_step."""
+    """r_max and d_max of the batch after `step` others; schedule: warmup_steps, r_max, r_max_step,
+    d_max, d_max_step."""
     warmup, r_max, r_max_step, d_max, d_max_step = map(float, schedule)
 
     def between(end: float, low: float, high: float) -> float:
@@ -65,11 +66,23 @@ def forward(
             y = y * _column(weight)
         if bias is not None:
             y = y + _column(bias)
-        out = {"y": y, "mean": mean, "std": std, "inv_std": inv_std, "r": r, "d": d, "pivot": x[0, :, 0]}
+        out = {
+            "y": y,
+            "mean": mean,
+            "std": std,
+            "inv_std": inv_std,
+            "r": r,
+            "d": d,
+            "pivot": x[0, :, 0],
+        }
         keep = skip_nonfinite and not np.isfinite(x).all()
         if running_mean is not None:
-            out["running_mean"] = running_mean if keep else running_mean + momentum * (mean - running_mean)
-            out["running_std"] = running_std if keep else running_std + momentum * (std - running_std)
+            out["running_mean"] = (
+                running_mean if keep else running_mean + momentum * (mean - running_mean)
+            )
+            out["running_std"] = (
+                running_std if keep else running_std + momentum * (std - running_std)
+            )
     if num_batches_tracked is not None:
         out["num_batches_tracked"] = np.array([count if keep else count + 1])
     return out
@@ -78,7 +91,8 @@ def forward(
 def backward(
     dy: np.ndarray, x: np.ndarray, weight=None, *, mean, inv_std, r, d, training: bool = True
 ) -> dict[str, np.ndarray]:
-    """Gradients given the statistics of the forward, or the moving ones in inference (r = 1, d = 0)."""
+    """Gradients given the statistics of the forward, or the moving ones in inference (r = 1, d =
+    0)."""
     dy, x = dy.astype(np.longdouble), x.astype(np.longdouble)
     m = dy.shape[0] * dy.shape[2]
     x_norm = (x - _column(mean)) * _column(inv_std)

@@ -223,16 +223,11 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // run_grid retur
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
-    case cudaErrorLaunchFailure:
-      return ::simt::last_error();
-    case cudaErrorCooperativeLaunchTooLarge:
-      return "too many blocks in cooperative launch";
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorLaunchFailure: return ::simt::last_error();
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
   }
   return "unrecognized error code";
 }

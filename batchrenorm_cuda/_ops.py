@@ -1,0 +1,130 @@
+"""The registered operators, torch.ops.batchrenorm.*, and what they return when nothing is computed.
+
+csrc/binding/schema.cpp declares them. A fake kernel says the shapes, dtypes and strides of the outputs, for torch.compile,
+torch.export and meta tensors; it must agree with csrc/binding, and torch.library.opcheck holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from . import checkpoint
+
+try:
+    from . import _C  # noqa: F401  registers the operators
+except ImportError as error:
+    raise ImportError(
+        f"batchrenorm_cuda's compiled part does not load ({error}). Build it from the source tree, with the torch it is "
+        "to run with installed: pip install --no-build-isolation ."
+    ) from error
+
+forward = torch.ops.batchrenorm.forward.default
+backward = torch.ops.batchrenorm.backward.default
+renormalize = torch.ops.batchrenorm.renormalize.default
+inference = torch.ops.batchrenorm.inference.default
+inference_backward = torch.ops.batchrenorm.inference_backward.default
+
+# What a repetition calls in place of forward. Selective checkpointing has not seen it the first time and would refuse it.
+torch.utils.checkpoint.SAC_IGNORED_OPS.add(renormalize)
+
+STAT_ROWS = 5  # pivot, mean - pivot, 1 / std, r, d
+
+
+def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of statistics, weight and bias beside an x of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _is_dense(x: Tensor, order: Iterable[int]) -> bool:
+    """Whether x lies in memory without gaps, dimensions from slowest to fastest as in `order`."""
+    expected = 1
+    for dim in reversed(list(order)):
+        if x.size(dim) != 1:
+            if x.stride(dim) != expected:
+                return False
+            expected = expected * x.size(dim)
+    return True
+
+
+def empty_as_formatted(x: Tensor) -> Tensor:
+    """An uninitialised tensor in the format that kernels read x in: its own if it is dense as [N][C][S] or as [N*S][C],
+    else the one of the two that is nearer. Dimensions of size 1 have no say."""
+    channels_last = [0, *range(2, x.dim()), 1]
+    if x.numel() == 0 or _is_dense(x, range(x.dim())) or _is_dense(x, channels_last):
+        return torch.empty_like(x)
+    if x.dim() == 2 or x.stride(1) != 1:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    inverse = [0, x.dim() - 1, *range(1, x.dim() - 1)]
+    return x.new_empty([x.size(dim) for dim in channels_last]).permute(inverse)
+
+
+def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """One meta tensor among real ones is enough to land here."""
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"all tensors must be on the device of x, {x.device}, got {t.device}")
+
+
+@torch.library.register_fake("batchrenorm::forward")
+def _(
+    x,
+    weight,
+    bias,
+    running_mean,
+    running_std,
+    num_batches_tracked,
+    schedule,
+    momentum,
+    eps,
+    r_max,
+    d_max,
+    skip_nonfinite,
+):
+    _check_devices(x, weight, bias, running_mean, running_std, num_batches_tracked, schedule)
+    if running_mean is not None:
+        checkpoint.check_traced(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_std,
+            num_batches_tracked,
+            schedule,
+            momentum,
+            eps,
+            r_max,
+            d_max,
+            skip_nonfinite,
+        )
+    stats = x.new_empty((STAT_ROWS, x.size(1)), dtype=statistic_dtype(x.dtype))
+    return empty_as_formatted(x), stats
+
+
+@torch.library.register_fake("batchrenorm::backward")
+def _(dy, x, weight, stats):
+    _check_devices(x, dy, weight, stats)
+    dweight = x.new_empty((x.size(1),), dtype=statistic_dtype(x.dtype))
+    return empty_as_formatted(x), dweight, torch.empty_like(dweight)
+
+
+@torch.library.register_fake("batchrenorm::renormalize")
+def _(x, weight, bias, stats):
+    _check_devices(x, weight, bias, stats)
+    return empty_as_formatted(x)
+
+
+@torch.library.register_fake("batchrenorm::inference")
+def _(x, weight, bias, running_mean, running_std):
+    _check_devices(x, weight, bias, running_mean, running_std)
+    return empty_as_formatted(x)
+
+
+@torch.library.register_fake("batchrenorm::inference_backward")
+def _(dy, x, weight, running_mean, running_std):
+    _check_devices(x, dy, weight, running_mean, running_std)
+    dweight = x.new_empty((x.size(1),), dtype=statistic_dtype(x.dtype))
+    return empty_as_formatted(x), dweight, torch.empty_like(dweight)

@@ -1,0 +1,329 @@
+"""A model with BatchNorm becomes one with Batch Renorm, and back.
+
+Layers stay the objects they are; swap.py says how. This file says what of a BatchNorm becomes what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from .arguments import HALVES, check_numbers
+from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d, _LazyBatchRenorm
+from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm, _require_schedule
+from .schedule import RenormSchedule
+from .swap import Change, Report, Skip, class_of, like, swap_layers
+
+
+class BatchRenormNd(_BatchRenorm):
+    """Batch Renormalization of [N, C] to [N, C, D, H, W]: what a SyncBatchNorm becomes, which does
+    not say how many dimensions its inputs have. Its statistics are those of one process. Otherwise
+    as :class:`BatchRenorm1d`."""
+
+    _dims = (2, 3, 4, 5)
+
+
+COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchRenorm1d,
+    nn.BatchNorm2d: BatchRenorm2d,
+    nn.BatchNorm3d: BatchRenorm3d,
+    nn.SyncBatchNorm: BatchRenormNd,
+    nn.LazyBatchNorm1d: LazyBatchRenorm1d,
+    nn.LazyBatchNorm2d: LazyBatchRenorm2d,
+    nn.LazyBatchNorm3d: LazyBatchRenorm3d,
+}
+
+_RENORM_ATTRIBUTES = vars(BatchRenorm1d(1)).keys() - vars(nn.BatchNorm1d(1)).keys()
+
+
+def convert(
+    model: nn.Module,
+    *,
+    schedule: RenormSchedule = RenormSchedule(),  # noqa: B008  immutable
+    momentum: float | str | None = 0.01,
+    skip: Skip | Iterable[Skip] = (),
+    from_now: bool = False,
+    skip_nonfinite: bool = False,
+    report: Callable[[Report], object] | None = None,
+) -> nn.Module:
+    """Turns every BatchNorm of a model into a Batch Renorm, in place, and returns the model.
+
+    BatchNorm1d, 2d, 3d, SyncBatchNorm and the lazy ones become BatchRenorm1d, 2d, 3d, BatchRenormNd
+    and LazyBatchRenorm1d, 2d, 3d, wherever they are, the root included. Layers stay the same
+    objects and have the same Parameters, so an optimiser may have been made before; eps,
+    statistics, counter, affine, track_running_stats, dtype, device, requires_grad, training mode,
+    hooks and parametrizations stay as they are. Inference stays the same, as running_std =
+    sqrt(running_var + eps). Statistics of half-precision layers become float32. State_dicts of the
+    model from before still load.
+
+    Convert before compiling, and before wrapping in DistributedDataParallel or FSDP, which make
+    lists of the buffers.
+
+    A subclass of a BatchNorm is left alone, with a warning, unless all that it has of its own is a
+    constructor. So is a layer with statistics that it does not update (track_running_stats set to
+    False after construction), which has no counterpart. A module that reads running_var of a
+    BatchNorm inside it, as torch.ao's fused ones do, has to be skipped.
+
+    Args:
+        model: any module; its BatchNorms may be shared or nested.
+        schedule: limits of r and d, for every layer, by the number of batches that the layer has
+            seen.
+        momentum: weight of a new batch in the moving averages, for every layer except those of
+            momentum=None, which keep their cumulative average. The default is the paper's, a tenth
+            of BatchNorm's: r and d compare a batch with the averages, which at BatchNorm's 0.1 are
+            made of little more than ten batches themselves. None: cumulative averages everywhere.
+            "keep": each layer's own.
+        skip: what to leave alone: a name or fnmatch pattern ("backbone", "*.downsample.1"), a type,
+            a module, a predicate of name and module, or several of them. Each stands for the module
+            and all inside it. A layer of several names is left alone if one of them is.
+        from_now: count the steps of the schedule from the present num_batches_tracked of each
+            layer. Otherwise they are counted from the start of the BatchNorm's training, and a
+            model trained for longer than the schedule begins with the last limits.
+        skip_nonfinite: as in BatchRenorm2d.
+        report: called with a Report of what was changed and what was left alone, and why.
+            report=print prints it.
+
+    Raises:
+        ValueError, TypeError: naming the argument or the layer and what it got, before anything has
+            changed: for statistics that are not finite, a running_var < 0, a name in `skip` that
+            nothing has, or a model that is wrapped already.
+    """
+    _require_model(model)
+    _require_schedule(schedule)
+    _require_flags(from_now=from_now, skip_nonfinite=skip_nonfinite)
+    if momentum != "keep":
+        check_numbers(momentum=momentum, eps=0.0)  # type: ignore[arg-type]
+
+    def plan(layer: nn.Module, name: str) -> Change | str:
+        own = class_of(layer)
+        base = _plain_base(own)
+        after = COUNTERPARTS.get(base) if base else None
+        if after is None:
+            return "a subclass with methods of its own"
+        if "forward" in vars(layer):
+            return "its forward has been replaced"
+        tracks = layer._buffers.get("running_mean") is not None
+        if tracks != layer.track_running_stats or tracks != (layer.running_var is not None):
+            return "track_running_stats does not say whether it has statistics"
+        if is_parametrized(layer) and {"running_mean", "running_var"} & {*layer.parametrizations}:
+            return "its statistics are parametrized"
+        limits = schedule
+        if from_now and tracks:
+            limits = _later(schedule, layer.num_batches_tracked)
+        keeps = momentum == "keep" or layer.momentum is None
+        return _to_renorm(
+            layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite
+        )
+
+    return swap_layers(model, "BatchNorm", _BatchNorm, _BatchRenorm, plan, skip, report)
+
+
+def fold(
+    model: nn.Module,
+    *,
+    skip: Skip | Iterable[Skip] = (),
+    report: Callable[[Report], object] | None = None,
+) -> nn.Module:
+    """Turns every Batch Renorm of a model into the BatchNorm of the same inference, in place, and
+    returns the model.
+
+    For exporters, quantisation and fusions that know BatchNorm only; the inverse of
+    :func:`convert`, which see for what is kept. BatchRenormNd becomes SyncBatchNorm.
+    fold(copy.deepcopy(model)) leaves the model as it is.
+
+    running_var is chosen such that sqrt(running_var + eps), rounded as torch rounds it, is
+    running_std to the last bit. The scale of each channel is then bitwise the same, and the output
+    differs by the order of torch's arithmetic alone. eps stays, unless a running_std is less than
+    sqrt(eps): it is then lowered to the square of the least one, as no variance is negative. So
+    give eps along when only the state_dict is passed on.
+
+    A half-precision weight and bias become float32: torch wants them of the dtype of the
+    statistics, which do not fit in less. The output is half precision all the same.
+
+    Args:
+        model, skip, report: as in :func:`convert`. Subclasses of BatchRenorm1d, ... are left alone,
+            with a warning.
+
+    Raises:
+        ValueError, TypeError: naming the argument or the layer and what it got, before anything has
+            changed: for a running_std that is not positive or whose square is not a normal number
+            (float32: outside 1.1e-19 ... 1.8e19).
+    """
+    _require_model(model)
+    back = {after: before for before, after in COUNTERPARTS.items()}
+
+    def plan(layer: nn.Module, name: str) -> Change | str:
+        base = _plain_base(class_of(layer))
+        if base not in back:
+            return "a subclass with methods of its own"
+        if "forward" in vars(layer):
+            return "its forward has been replaced"
+        return _to_norm(layer, name, back[base])
+
+    return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchNorm, plan, skip, report)
+
+
+def _require_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                "model must not be wrapped yet, got a DistributedDataParallel, which would not "
+                "know the new buffers"
+            )
+
+
+def _require_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+_INERT = {
+    "__init__",
+    "__module__",
+    "__qualname__",
+    "__doc__",
+    "__annotations__",
+    "__annotate_func__",
+    "__annotations_cache__",
+    "__parameters__",
+    "__firstlineno__",
+    "__static_attributes__",
+}
+
+
+def _plain_base(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The layer of the table that a class is, but for its constructor."""
+    table = COUNTERPARTS.keys() | COUNTERPARTS.values()
+    for base in cls.__mro__:
+        if base in table:
+            return base
+        if vars(base).keys() - _INERT:
+            return None
+    return None
+
+
+def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.device | None]:
+    for t in (*layer.parameters(recurse=True), layer.running_mean):
+        if t is not None and t.is_floating_point():
+            return t.dtype, t.device
+    return None, None
+
+
+def _later(schedule: RenormSchedule, counter: Tensor | None) -> RenormSchedule:
+    """The schedule with its start moved to where a layer's counter is."""
+    steps = 0 if counter is None or counter.is_meta else int(counter)
+    moved = {n: getattr(schedule, n) + steps for n in ("warmup_steps", "r_max_step", "d_max_step")}
+    return replace(schedule, **moved)
+
+
+def _to_renorm(
+    layer: nn.Module,
+    name: str,
+    cls: type[nn.Module],
+    schedule: RenormSchedule,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> Change:
+    dtype, device = _dtype_and_device(layer)
+    size = () if issubclass(cls, _LazyBatchRenorm) else (layer.num_features,)
+    try:
+        fresh = cls(
+            *size,
+            layer.eps,
+            momentum,
+            affine=False,
+            track_running_stats=layer.track_running_stats,
+            schedule=schedule,
+            skip_nonfinite=skip_nonfinite,
+            device=device,
+            dtype=dtype,
+        )
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name or 'model'}: {error}") from None
+    buffers = dict(fresh._buffers)
+    if layer.track_running_stats:
+        if layer.num_batches_tracked is not None:
+            buffers["num_batches_tracked"] = layer.num_batches_tracked
+        if not is_lazy(layer.running_var):
+            prefix = f"{name}." if name else ""
+            state = {f"{prefix}{n}": layer._buffers[n] for n in ("running_mean", "running_var")}
+            fresh._adopt(state, prefix)
+            buffers |= {n: state[f"{prefix}{n}"] for n in ("running_mean", "running_std")}
+    settings = {k: vars(fresh)[k] for k in _RENORM_ATTRIBUTES} | {"momentum": momentum}
+    renamed = {"running_var": "running_std"}
+    return Change(layer, like(layer, cls), settings, set(), buffers, renamed, {})
+
+
+def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
+    where = f"{name}." if name else ""
+    buffers = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
+    eps = layer.eps
+    if layer.running_mean is not None:
+        std = layer.running_std
+        buffers["running_mean"] = layer.running_mean
+        buffers["running_var"] = std
+        buffers["num_batches_tracked"] = layer.num_batches_tracked
+        if not is_lazy(std):
+            buffers["running_var"], eps = _variance(std, eps, f"{where}running_std")
+
+    parameters: dict[str, nn.Parameter] = {}
+    if layer.running_mean is not None:
+        for key in ("weight", "bias"):
+            p = getattr(layer, key)
+            if p is None or p.dtype not in HALVES:
+                continue
+            if key not in layer._parameters:
+                raise ValueError(
+                    f"{where}{key} must not be parametrized to become float32, got {p.dtype}"
+                )
+            if is_lazy(p):
+                parameters[key] = UninitializedParameter(p.requires_grad, p.device, torch.float32)
+            else:
+                parameters[key] = nn.Parameter(p.detach().float(), p.requires_grad)
+    settings: dict[str, Any] = {"eps": eps}
+    if cls is nn.SyncBatchNorm:
+        settings["process_group"] = getattr(layer, "process_group", None)
+    renamed = {"running_std": "running_var"}
+    obsolete = set(_RENORM_ATTRIBUTES)
+    return Change(layer, like(layer, cls), settings, obsolete, buffers, renamed, parameters)
+
+
+def _variance(std: Tensor, eps: float, name: str) -> tuple[Tensor, float]:
+    """(running_var, eps) such that sqrt(running_var + eps) is std, in the arithmetic of its
+    dtype."""
+    if std.is_meta:
+        return torch.empty_like(std), eps
+    square = std * std  # the root of a rounded square is exact
+    tiny = torch.finfo(std.dtype).tiny
+    right = (std > 0) & (square >= tiny) & square.isfinite()
+    if not bool(right.all()):
+        wrong = std[~right].tolist()
+        raise ValueError(
+            f"{name} must be > 0 and have a square that is a normal number of {std.dtype}, got "
+            f"{wrong[0]} in {len(wrong)} of {std.numel()} channels"
+        )
+    eps = min(eps, square.min().item())
+    rounded_eps = torch.tensor(eps, dtype=std.dtype, device=std.device)
+    variance = (square - rounded_eps).clamp_min(0)
+
+    # Where the sum rounds to another root, one of the neighbours does better.
+    infinity = torch.full_like(std, torch.inf)
+    sums = [square, torch.nextafter(square, infinity), torch.nextafter(square, -infinity)]
+    for total in sums:
+        near = total - rounded_eps
+        for candidate in (near, torch.nextafter(near, infinity), torch.nextafter(near, -infinity)):
+            done = (variance + rounded_eps).sqrt() == std
+            better = ((candidate + rounded_eps).sqrt() == std) & (candidate >= 0) & ~done
+            variance = torch.where(better, candidate, variance)
+    return variance, eps

@@ -1,0 +1,184 @@
+"""Batch Renormalization as a function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+from . import _ops, checkpoint
+from .arguments import HALVES, check_arguments
+from .autograd import (
+    Inference,
+    Training,
+    TransformableInference,
+    TransformableTraining,
+    apply_inference,
+    apply_training,
+)
+
+_transforms_are_active = torch._C._are_functorch_transforms_active
+
+
+def batch_renorm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_std: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.01,
+    eps: float = 1e-5,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    schedule: Tensor | None = None,
+    skip_nonfinite: bool = False,
+) -> Tensor:
+    """Batch Renormalization of each channel of x, over the batch and all spatial positions.
+
+    In training, with the batch's mean and std = sqrt(biased variance + eps)::
+
+        r = clip(std / running_std, 1 / r_max, r_max)                       constants under
+        d = clip((mean - running_mean) / running_std, -d_max, d_max)        differentiation
+        y = weight * ((x - mean) / std * r + d) + bias
+        running_mean += momentum * (mean - running_mean)
+        running_std += momentum * (std - running_std)
+
+    and otherwise y = weight * (x - running_mean) / running_std + bias. Source: S. Ioffe, "Batch Renormalization: Towards
+    Reducing Minibatch Dependence in Batch-Normalized Models", NIPS 2017, Algorithm 1.
+
+    Positional arguments are in the order of torch.nn.functional.batch_norm. Statistics have shape [C], are float32 (float64
+    for a float64 x) and on the device of x.
+
+    Args:
+        x: [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]; float32, float16, bfloat16 or float64; any strides.
+        running_mean, running_std: moving statistics, in units of x, updated in place in training. running_std averages
+            the standard deviation with eps in it. Both None: plain Batch Normalization by the batch (training only).
+        weight, bias: [C], of the dtype of statistics or half precision. Either may be None.
+        training: whether to normalise by the batch and learn from it.
+        momentum: weight of this batch in the moving averages, in [0, 1]. None: the cumulative average, which is a weight of
+            1 / (num_batches_tracked + 1).
+        eps: added to the variance, in units of x squared, >= 0.
+        r_max, d_max: the limits, >= 1 and >= 0, infinity for none. A `schedule` replaces them.
+        num_batches_tracked: int64, one element: the batches seen before. Incremented in training.
+        schedule: float64 [5], made by RenormSchedule.as_tensor. The limits are then those of step num_batches_tracked,
+            found on the device of x: nothing waits for the host.
+        skip_nonfinite: leave moving statistics and counter as they are for a batch with a NaN or inf anywhere.
+
+    Returns:
+        y, of the shape and dtype of x, under autocast too. It is laid out in memory as x is, if x is contiguous or
+        channels-last. An empty batch gives an empty y and changes nothing.
+
+    Raises:
+        ValueError, TypeError: naming the argument and what it got, before anything has changed. One value per channel is
+            refused in training.
+    """
+    step = (
+        running_mean,
+        running_std,
+        num_batches_tracked,
+        schedule,
+        momentum,
+        eps,
+        r_max,
+        d_max,
+        skip_nonfinite,
+    )
+    if torch.compiler.is_compiling():
+        check_arguments(x, weight, bias, training, *step[:8])
+        return _traced(x, _wide(weight, x), _wide(bias, x), training, step)
+    try:
+        weight_, bias_ = _wide(weight, x), _wide(bias, x)
+        if _transforms_are_active() or forward_ad._current_level >= 0:
+            return _transformed(x, weight_, bias_, training, step)
+        if training:
+            return _trained(x, weight_, bias_, step)
+        return _inferred(x, weight_, bias_, step)
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        # Bad arguments are refused below, cheaply and before anything changes; this names the one.
+        check_arguments(x, weight, bias, training, *step[:8])
+        raise
+
+
+def _wide(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """A half-precision weight in the dtype that kernels read, differentiably."""
+    if t is None or t.dtype not in HALVES:
+        return t
+    return t.to(_ops.statistic_dtype(x.dtype))
+
+
+def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+
+
+def _trained(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
+    if x.numel() == x.size(1):
+        raise RuntimeError("one value per channel")
+    running_mean, running_std, num_batches_tracked, *_ = step
+    known = keep = None
+    if running_mean is not None and checkpoint.may_repeat():
+        known, keep = checkpoint.repetition(running_mean)
+    if _wants_gradient(x, weight, bias):
+        y = apply_training(x, weight, bias, step, known, keep)
+    elif known is None:
+        y, stats = _ops.forward(x, weight, bias, *step)
+        if keep is not None:
+            keep(stats)
+    else:
+        y = _ops.renormalize(x, weight, bias, known)
+        if keep is not None:
+            keep(known)
+    if running_mean is not None:
+        # Autograd's own check that what inference has saved for its backward is still what it was.
+        increment_version((running_mean, running_std))
+    return y
+
+
+def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
+    running_mean, running_std, _, _, momentum, eps, r_max, d_max, _ = step
+    legal = eps >= 0 and r_max >= 1 and d_max >= 0 and (momentum is None or 0 <= momentum <= 1)
+    if not legal:  # refused here too, so that it does not wait for the first training step
+        check_arguments(x, weight, bias, False, *step[:8])
+    if _wants_gradient(x, weight, bias):
+        return apply_inference(x, weight, bias, running_mean, running_std)
+    return _ops.inference(x, weight, bias, running_mean, running_std)
+
+
+def _transformed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, step: tuple
+) -> Tensor:
+    """Under torch.func, or with forward-mode tangents."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+        # torch gives zeros for the second tangent of any autograd.Function.
+        raise NotImplementedError(
+            "batch_renorm does not have forward mode inside forward mode (jacfwd of jacfwd): take jacrev for one of the two"
+        )
+    if not training:
+        return TransformableInference.apply(x, weight, bias, step[0], step[1])
+    if x.numel() == x.size(1):
+        raise RuntimeError("one value per channel")
+    checkpoint.warn_of_new_step()
+    return TransformableTraining.apply(x, weight, bias, *step)[0]
+
+
+def _traced(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, step: tuple
+) -> Tensor:
+    """Under torch.compile and torch.export."""
+    # torch.export, not strict: no gradients, so the operators themselves are the graph. Under Dynamo
+    # torch 2.11 takes is_exporting() for true whatever it is.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        if not training:
+            return _ops.inference(x, weight, bias, step[0], step[1])
+        return _ops.forward(x, weight, bias, *step)[0]
+    if not training:
+        return Inference.apply(x, weight, bias, step[0], step[1])
+    return Training.apply(x, weight, bias, step, None, None)

@@ -1,0 +1,204 @@
+"""Changing the class of layers inside a model: which ones, how, and a report of it.
+
+A layer changes its class and its buffers and stays the object it is, as torch's lazy layers do when
+they learn their size. So whatever holds on to the layer or its parameters (a second place in the
+model, hooks, an optimiser, a list) goes on working, and what nn.Module keeps in the object
+(training mode, hooks, parametrizations) need not be copied.
+
+Everything is checked and computed first; then all layers change, and that cannot fail.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+Skip = str | type | nn.Module | Callable[[str, nn.Module], bool]
+
+BUFFERS = {"running_mean", "running_var", "running_std", "num_batches_tracked", "schedule"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one layer."""
+
+    names: tuple[str, ...]  # every path to it, "" for the root
+    before: str  # its class
+    after: str | None  # None: left alone
+    reason: str = ""  # why it was left alone
+
+
+@dataclass(frozen=True)
+class Report:
+    """What convert or fold did, one Outcome a layer, in the order of the model. Prints as a
+    table."""
+
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def changed(self) -> tuple[Outcome, ...]:
+        return tuple(outcome for outcome in self.outcomes if outcome.after is not None)
+
+    @property
+    def left(self) -> tuple[Outcome, ...]:
+        return tuple(outcome for outcome in self.outcomes if outcome.after is None)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.changed)} of {len(self.outcomes)} layers changed"]
+        names = [", ".join(name or "(root)" for name in o.names) for o in self.outcomes]
+        width = max(map(len, names), default=0)
+        for name, o in zip(names, self.outcomes, strict=True):
+            what = f"-> {o.after}" if o.after else f"left alone: {o.reason}"
+            lines.append(f"  {name:{width}}  {o.before} {what}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Change:
+    """A layer and what it is to become."""
+
+    layer: nn.Module
+    cls: type[nn.Module]
+    settings: dict[str, Any]  # attributes to set
+    obsolete: set[str]  # attributes to delete
+    buffers: dict[str, Tensor | None]
+    renamed: dict[str, str]  # buffers that keep whether they are persistent
+    parameters: dict[str, nn.Parameter]
+
+    def make(self) -> None:
+        layer, attributes = self.layer, vars(self.layer)
+        extra = {k: t for k, t in layer._buffers.items() if k not in BUFFERS}
+        layer._buffers.clear()
+        layer._buffers.update(self.buffers | extra)
+        layer._parameters.update(self.parameters)
+        hidden = layer._non_persistent_buffers_set
+        for old, new in self.renamed.items():
+            if old in hidden:
+                hidden.remove(old)
+                hidden.add(new)
+        hidden -= BUFFERS - self.buffers.keys()
+        for name in self.obsolete:
+            attributes.pop(name, None)
+        attributes.update(self.settings)
+        layer.__class__ = self.cls
+
+
+def swap_layers(
+    model: nn.Module,
+    kind: str,
+    before: type[nn.Module],
+    after: type[nn.Module],
+    plan: Callable[[nn.Module, str], Change | str],
+    skip: Skip | Iterable[Skip],
+    report: Callable[[Report], object] | None,
+) -> nn.Module:
+    outcomes: list[Outcome] = []
+    changes: list[Change] = []
+    found = _find(model, before, _skips(skip))
+    for layer, names, skipped in found:
+        planned = "skip" if skipped else plan(layer, names[0])
+        own = type(layer).__name__
+        if isinstance(planned, str):
+            outcomes.append(Outcome(names, own, None, planned))
+        else:
+            changes.append(planned)
+            outcomes.append(Outcome(names, own, planned.cls.__name__))
+    for change in changes:
+        change.make()
+
+    if not found and not any(isinstance(m, after) for m in model.modules()):
+        warnings.warn(f"{type(model).__name__} has no {kind} to change", stacklevel=3)
+    result = Report(tuple(outcomes))
+    for outcome in result.left:
+        if outcome.reason != "skip":
+            warnings.warn(
+                f"{outcome.names[0] or 'the model'}, a {outcome.before}, was left alone: "
+                f"{outcome.reason}. Name it in skip if that is right",
+                stacklevel=3,
+            )
+    if report is not None:
+        report(result)
+    return model
+
+
+def _find(
+    model: nn.Module, wanted: type[nn.Module], skips: list[Skip]
+) -> list[tuple[nn.Module, tuple[str, ...], bool]]:
+    """Every module of type `wanted`, with its names and whether one of them is to be skipped."""
+    found: dict[int, tuple[nn.Module, list[str], list[bool]]] = {}
+    used: set[str] = set()
+    for name, module, skipped in _walk(model, skips, used):
+        if isinstance(module, wanted):
+            _, names, skippeds = found.setdefault(id(module), (module, [], []))
+            names.append(name)
+            skippeds.append(skipped)
+    for pattern in skips:
+        if isinstance(pattern, str) and pattern not in used:
+            raise ValueError(
+                f"skip must name modules of the model, got {pattern!r}, which none has"
+            )
+    return [(module, tuple(names), any(skipped)) for module, names, skipped in found.values()]
+
+
+def _walk(
+    model: nn.Module, skips: list[Skip], used: set[str]
+) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Every path to every module. Notes in `used` which names and patterns fit one."""
+
+    def matches(skip: Skip, name: str, module: nn.Module) -> bool:
+        if isinstance(skip, str):
+            fits = fnmatchcase(name, skip)
+            if fits:
+                used.add(skip)
+            return fits
+        if isinstance(skip, type):
+            return isinstance(module, skip)
+        if isinstance(skip, nn.Module):
+            return module is skip
+        return bool(skip(name, module))
+
+    def walk(
+        name: str, module: nn.Module, skipped: bool, above: tuple[int, ...]
+    ) -> Iterator[tuple[str, nn.Module, bool]]:
+        # A list, so that every pattern is tried.
+        skipped = any([matches(skip, name, module) for skip in skips]) or skipped
+        yield name, module, skipped
+        for child_name, child in module._modules.items():
+            if child is not None and id(child) not in above:
+                path = f"{name}.{child_name}" if name else child_name
+                yield from walk(path, child, skipped, (*above, id(child)))
+
+    return walk("", model, False, (id(model),))
+
+
+def _skips(skip: Any) -> list[Skip]:
+    one = isinstance(skip, str | type | nn.Module) or not isinstance(skip, Iterable)
+    skips = [skip] if one else list(skip)
+    for each in skips:
+        if not (isinstance(each, str | type) or callable(each)):
+            raise TypeError(
+                "skip must be a name, a type, a module, a predicate or several of them, got "
+                f"{type(each).__name__}"
+            )
+    return skips
+
+
+def class_of(layer: nn.Module) -> type[nn.Module]:
+    """Its class as written: a parametrized object has one more."""
+    return type(layer).__bases__[0] if is_parametrized(layer) else type(layer)
+
+
+def like(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
+    """cls, or what torch makes of it for a parametrized object."""
+    if not is_parametrized(layer):
+        return cls
+    own = dict(vars(type(layer)))
+    for name in ("__dict__", "__weakref__", "__doc__"):
+        own.pop(name, None)
+    return type(f"Parametrized{cls.__name__}", (cls,), own)

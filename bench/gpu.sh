@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Everything that only a machine with an NVIDIA GPU can say, in one run of under eight minutes and
+# without a network: build, doctor, parity, GPU tests, sanitizers, the benchmark suites with the
+# acceptance table, DRAM bytes, properties of the chip, a sweep of launch plans.
+#
+#   bench/gpu.sh [OUT]        OUT: where reports go, default bench/results/gpu
+#
+#   PYTHON=python3            an interpreter with torch for CUDA; setuptools and ninja to build with
+#   WHEELS=DIR                wheels of what that interpreter lacks (setuptools, pytest, ...)
+#   ONLY=REGEX                the steps whose names match, for a second run
+#   SECONDS_IN_ALL=460        after which no step is started and running ones are ended
+#
+# Every step has a time limit of its own, and the next one runs whether or not it passed. Reports
+# are written as they come: summary.txt says what ran, what passed and where to look.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+
+OUT=${1:-bench/results/gpu}
+PYTHON=${PYTHON:-python3}
+DEADLINE=${SECONDS_IN_ALL:-460}
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+rm -f "$OUT"/{summary.txt,build.log,parity.log,tests.log,sanitizer.log,bench.log,chip.log,results.json}
+export PYTHONUNBUFFERED=1
+SECONDS=0
+
+say() {
+  printf '%s\n' "$*" | tee -a "$OUT/summary.txt"
+}
+
+# step NAME LIMIT LOG COMMAND...
+step() {
+  local name=$1 limit=$2 log=$3 began=$SECONDS left=$((DEADLINE - SECONDS)) status
+  shift 3
+  [[ -z ${ONLY:-} || $name =~ $ONLY ]] || return 1
+  if ((left < 5)); then
+    say "$(printf '%-28s not run: out of time' "$name")"
+    touch "$WORK/failed"
+    return 1
+  fi
+  ((limit > left)) && limit=$left
+  printf '\n$ %s\n' "$*" >>"$log"
+  timeout -k 5 "$limit" "$@" >>"$log" 2>&1
+  status=$?
+  local took=$((SECONDS - began)) verdict="failed, exit status $status"
+  ((status == 0)) && verdict=passed
+  ((status == 124 || status == 137)) && verdict="ended at its limit of $limit s"
+  ((status == 0)) || touch "$WORK/failed"
+  say "$(printf '%-28s %s (%d s, %s)' "$name" "$verdict" "$took" "$(basename "$log")")"
+  return $status
+}
+
+has() {
+  command -v "$1" >/dev/null 2>&1 || {
+    say "$(printf '%-28s not run: no %s on this machine' "$2" "$1")"
+    return 1
+  }
+}
+
+say "$(date -u '+%Y-%m-%d %H:%M:%S UTC'), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"
+if has nvidia-smi "chip"; then
+  say "$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader)"
+fi
+
+# --- build -------------------------------------------------------------------------------------
+
+if [ -n "${WHEELS:-}" ]; then
+  step "wheels" 60 "$OUT/build.log" "$PYTHON" -m pip install -q --no-index --no-deps --no-compile \
+    --target "$WORK/site" "$WHEELS"/*.whl
+  export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH} PATH=$WORK/site/bin:$PATH
+fi
+export BATCHRENORM_CUDA=1
+step "build" 150 "$OUT/build.log" "$PYTHON" setup.py build_ext --inplace
+step "doctor" 40 "$OUT/build.log" "$PYTHON" -m batchrenorm_cuda doctor
+
+# Compiled beside the checks; run after them, alone.
+if has nvcc "chip programs"; then
+  (
+    step "compile probe" 100 "$OUT/build.log" nvcc -O3 -std=c++17 -arch=native bench/probe.cu \
+      -o "$WORK/probe"
+    step "compile sweep" 150 "$OUT/build.log" nvcc -O3 -std=c++17 -arch=native bench/sweep.cu \
+      csrc/kernels/forward.cu csrc/kernels/backward.cu -o "$WORK/sweep"
+  ) &
+fi
+
+# --- checks: nothing here is timed, so they share the GPU ----------------------------------------
+
+step "parity, quick" 60 "$OUT/parity.log" "$PYTHON" -m batchrenorm_cuda parity --device cuda --quick
+
+sanitize() {
+  # The caching allocator would hide an access past the end of a tensor.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" 110 "$WORK/$1.log" compute-sanitizer --tool "$1" \
+    --error-exitcode 9 "${FILTER[@]}" "$PYTHON" -m bench.small
+}
+FILTER=()
+if has compute-sanitizer "sanitizers"; then
+  # Only this package's kernels, where the tool can choose: torch's own fill the tensors.
+  compute-sanitizer --help 2>/dev/null | grep -q -- '--kernel-name' && FILTER=(--kernel-name kns=brn)
+  for tool in memcheck racecheck synccheck; do sanitize $tool & done
+fi
+step "parity, all" 120 "$OUT/parity.log" "$PYTHON" -m batchrenorm_cuda parity --device cuda &
+if "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
+  BATCHRENORM_REQUIRE_GPU=1 step "GPU tests" 110 "$OUT/tests.log" "$PYTHON" -m pytest -q -m gpu \
+    -p no:cacheprovider tests --deselect tests/test_parity.py::test_everything_passes_on_cuda &
+else
+  say "$(printf '%-28s not run: no pytest or no hypothesis' "GPU tests")"
+fi
+wait
+cat "$WORK"/*check.log >"$OUT/sanitizer.log" 2>/dev/null || rm -f "$OUT/sanitizer.log"
+
+# --- measurements: one at a time -----------------------------------------------------------------
+
+step "benchmark" 170 "$OUT/bench.log" "$PYTHON" -m bench.run --device cuda --seconds 150 \
+  --suite resnet50,rl,resnet50-large,segmentation,3d --json "$OUT/results.json"
+[ -x "$WORK/probe" ] && step "properties of the chip" 40 "$OUT/chip.log" "$WORK/probe"
+if has ncu "DRAM bytes"; then
+  step "DRAM bytes" 70 "$OUT/chip.log" ncu --profile-from-start off --csv --page raw \
+    --print-units base --log-file "$WORK/ncu.csv" \
+    --metrics dram__bytes_read.sum,dram__bytes_write.sum "$PYTHON" -m bench.dram work
+  cat "$WORK/ncu.csv" >>"$OUT/chip.log" 2>/dev/null
+  step "DRAM bytes, read" 20 "$OUT/chip.log" "$PYTHON" -m bench.dram read "$WORK/ncu.csv" \
+    --into "$OUT/results.json"
+fi
+[ -x "$WORK/sweep" ] && step "sweep of plans" 60 "$OUT/chip.log" "$WORK/sweep" 45
+
+if [ -f "$OUT/results.json" ]; then
+  "$PYTHON" -m bench.acceptance "$OUT/results.json" | tee -a "$OUT/summary.txt"
+fi
+say "$SECONDS s in all"
+[ ! -e "$WORK/failed" ]

@@ -1,0 +1,148 @@
+"""Who is measured. A provider makes a layer for a problem; the operations on it are the same for
+all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchrenorm_cuda import functional, reference
+
+from . import OURS, PEER
+from .shapes import Problem
+
+EPS, MOMENTUM = 1e-5, 0.01
+
+
+@dataclass
+class Layer:
+    """Training and inference as functions of x, and the parameters that backward also
+    differentiates by."""
+
+    train: Callable[[Tensor], Tensor]
+    infer: Callable[[Tensor], Tensor]
+    parameters: tuple[Tensor, Tensor]
+    scope: Callable[[], object] = nullcontext  # what calls must run under
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    make: Callable[[Problem, torch.device], Layer]
+    ops: tuple[str, ...] = ("forward", "backward", "inference", "train")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def measures(self, op: str, device: torch.device) -> bool:
+        return op in self.ops and device.type in self.devices
+
+
+def _tensors(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight, bias, and moving mean and std (or variance) that are neither 0 nor 1."""
+    real = torch.float64 if problem.dtype == "float64" else torch.float32
+    channels = problem.shape[1]
+    weight = torch.linspace(0.5, 1.5, channels, dtype=real, device=device).requires_grad_()
+    bias = torch.linspace(-1.0, 1.0, channels, dtype=real, device=device).requires_grad_()
+    running = torch.full((channels,), 0.1, dtype=real, device=device)
+    return weight, bias, running, running + 0.9
+
+
+def _batchrenorm(problem: Problem, device: torch.device) -> Layer:
+    weight, bias, mean, std = _tensors(problem, device)
+
+    def call(x: Tensor, training: bool) -> Tensor:
+        return functional.batch_renorm(
+            x, mean, std, weight, bias, training, MOMENTUM, EPS, 3.0, 5.0
+        )
+
+    return Layer(lambda x: call(x, True), lambda x: call(x, False), (weight, bias))
+
+
+def _reference(problem: Problem, device: torch.device, compiled: bool = False) -> Layer:
+    weight, bias, mean, std = _tensors(problem, device)
+
+    def call(x: Tensor, training: bool) -> Tensor:
+        return reference.batch_renorm(x, mean, std, weight, bias, training, MOMENTUM, EPS, 3.0, 5.0)
+
+    call = _compile(call) if compiled else call
+    return Layer(lambda x: call(x, True), lambda x: call(x, False), (weight, bias))
+
+
+def _batch_norm(
+    problem: Problem, device: torch.device, compiled: bool = False, cudnn: bool = True
+) -> Layer:
+    weight, bias, mean, var = _tensors(problem, device)
+
+    def call(x: Tensor, training: bool) -> Tensor:
+        return F.batch_norm(x, mean, var, weight, bias, training, MOMENTUM, EPS)
+
+    call = _compile(call) if compiled else call
+    scope = nullcontext if cudnn else lambda: torch.backends.cudnn.flags(enabled=False)
+    return Layer(lambda x: call(x, True), lambda x: call(x, False), (weight, bias), scope)
+
+
+def _compile(call: Callable) -> Callable:
+    import torch._dynamo
+    import torch._functorch.config
+
+    torch._dynamo.reset()  # a program for each problem, not one for all of them
+    torch._functorch.config.donated_buffer = (
+        False  # backward is timed by itself, many times for one forward
+    )
+    return torch.compile(call, dynamic=False)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider(OURS, _batchrenorm),
+        Provider(PEER, _batch_norm),
+        Provider("native", lambda p, d: _batch_norm(p, d, cudnn=False), devices=("cuda",)),
+        Provider("compiled batch_norm", lambda p, d: _batch_norm(p, d, compiled=True)),
+        Provider("reference", _reference),
+        # Its gradients are wrong (see batchrenorm_cuda/reference.py), so only forward passes mean
+        # something.
+        Provider(
+            "compiled reference",
+            lambda p, d: _reference(p, d, compiled=True),
+            ops=("forward", "inference"),
+        ),
+    )
+}
+DEFAULT = (OURS, PEER, "native")
+
+
+def backend_of_peer(problem: Problem, device: torch.device, training: bool = True) -> str:
+    """What F.batch_norm runs for the problem: PyTorch's own choice, asked for, not guessed."""
+    if device.type != "cuda":
+        return "native"
+    weight, bias, mean, var = (t.detach() for t in _tensors(problem, device))
+    x = problem.tensor(device)
+    index = torch._batch_norm_impl_index(
+        x, weight, bias, mean, var, training, MOMENTUM, EPS, torch.backends.cudnn.enabled
+    )[-1]
+    return {0: "native", 1: "cuDNN", 2: "MIOpen"}[index]
+
+
+def operation(layer: Layer, op: str, x: Tensor, dy: Tensor) -> Callable[[], object]:
+    """The call to time. It returns what it made, so that the caller decides how long that lives."""
+    if op == "inference":
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return layer.infer(x)
+
+        return infer
+
+    x = x.detach().requires_grad_()
+    inputs = (x, *layer.parameters)
+    if op == "forward":
+        return lambda: layer.train(x)
+    if op == "train":
+        return lambda: torch.autograd.grad(layer.train(x), inputs, dy)
+    y = layer.train(x)
+    return lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)

@@ -1,0 +1,290 @@
+// Times every plan that a planner might choose, not only the one that it does: what the numbers in
+// csrc/core/plan.h are to be set by. The kernels are the shipped ones; only the plan differs.
+//
+//   nvcc -O3 -std=c++17 -arch=native bench/sweep.cu csrc/kernels/{forward,backward}.cu -o sweep
+//   ./sweep [seconds]
+//
+// A line a plan, best first: us, fraction of the copy roof, the planner's own estimate; the plan
+// that the planner chooses is marked.
+#include "../csrc/core/plan.h"
+#include "../csrc/kernels/launch.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <iostream>
+#include <random>
+#include <vector>
+
+namespace {
+
+using brn::Device;
+using brn::DType;
+using brn::Layout;
+using brn::Pass;
+using brn::Plan;
+using brn::Problem;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+constexpr int kSets = 3;     // of tensors, used in turn
+constexpr int kCalls = 6;    // of one graph
+constexpr int kSamples = 9;  // replays, of which the median counts
+
+// Device memory for the largest problem, used by all of them.
+struct Memory {
+  char* x[kSets];
+  char* dy[kSets];
+  char* out[kSets];
+  void* statistics;  // stats, running_mean, running_std, dweight, dbias: nine rows of channels
+  unsigned* control;
+  void* partials;
+};
+
+constexpr std::int64_t kMostBytes = std::int64_t{900} << 20;
+constexpr std::int64_t kMostChannels = 4096;
+constexpr std::int64_t kControlWords = 1 << 20;
+constexpr std::int64_t kPartialBytes = 256 << 20;
+
+// Random numbers that are finite and near 1, read as bfloat16 or as float32: constant data draws
+// less power than data does.
+void fill(char* tensor) {
+  constexpr std::size_t kPattern = 8 << 20;
+  static std::vector<std::uint16_t> pattern;
+  if (pattern.empty()) {
+    std::mt19937 random(0);
+    pattern.resize(kPattern);
+    for (std::uint16_t& bits : pattern) bits = 0x3f80 | (random() & 0x807f);
+  }
+  for (std::int64_t at = 0; at < kMostBytes; at += 2 * kPattern) {
+    const std::size_t bytes = std::min<std::int64_t>(2 * kPattern, kMostBytes - at);
+    check(cudaMemcpy(tensor + at, pattern.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+}
+
+Memory allocate() {
+  Memory m{};
+  for (int set = 0; set < kSets; ++set) {
+    for (char** tensor : {&m.x[set], &m.dy[set], &m.out[set]}) {
+      check(cudaMalloc(tensor, kMostBytes), "cudaMalloc");
+      fill(*tensor);
+    }
+  }
+  const std::size_t statistics = 9 * kMostChannels * sizeof(float);
+  check(cudaMalloc(&m.statistics, statistics), "cudaMalloc");
+  check(cudaMemset(m.statistics, 0x3c, statistics), "cudaMemset");
+  check(cudaMalloc(&m.control, kControlWords * sizeof(unsigned)), "cudaMalloc");
+  check(cudaMemset(m.control, 0, kControlWords * sizeof(unsigned)), "cudaMemset");
+  check(cudaMalloc(&m.partials, kPartialBytes), "cudaMalloc");
+  return m;
+}
+
+cudaError_t launch(const Problem& p, const Plan& plan, Pass pass, const Memory& m, int set,
+                   cudaStream_t stream) {
+  float* rows = static_cast<float*>(m.statistics);
+  brn::Workspace workspace;
+  workspace.control = m.control;
+  workspace.partials = m.partials;
+  if (pass == Pass::kForward) {
+    brn::ForwardParams params;
+    params.x = m.x[set];
+    params.y = m.out[set];
+    params.stats = rows;
+    params.running_mean = rows + 5 * p.channels;
+    params.running_std = rows + 6 * p.channels;
+    return static_cast<cudaError_t>(brn::launch_forward(p, plan, params, workspace, stream));
+  }
+  brn::BackwardParams params;
+  params.dy = m.dy[set];
+  params.x = m.x[set];
+  params.dx = m.out[set];
+  params.stats = rows;
+  params.dweight = rows + 7 * p.channels;
+  params.dbias = rows + 8 * p.channels;
+  return static_cast<cudaError_t>(brn::launch_backward(p, plan, params, workspace, stream));
+}
+
+// Microseconds of one call, in a graph of kCalls on rotating tensors; negative if it cannot run.
+double time_plan(const Problem& p, const Plan& plan, Pass pass, const Memory& m,
+                 cudaStream_t stream) {
+  if (brn::control_words(plan.teams) > kControlWords) return -1;
+  if (brn::partials_bytes(p, plan) > kPartialBytes) return -1;
+  const cudaError_t error = launch(p, plan, pass, m, 0, stream);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidValue) {
+    cudaGetLastError();
+    return -1;
+  }
+  check(error, "launch");
+  check(cudaStreamSynchronize(stream), "first run of a plan");
+
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t replay = nullptr;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  for (int call = 0; call < kCalls; ++call) {
+    check(launch(p, plan, pass, m, call % kSets, stream), "captured launch");
+  }
+  check(cudaStreamEndCapture(stream, &graph), "end of capture");
+  check(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
+
+  cudaEvent_t start, stop;
+  check(cudaEventCreate(&start), "cudaEventCreate");
+  check(cudaEventCreate(&stop), "cudaEventCreate");
+  std::vector<float> samples;
+  for (int sample = 0; sample < kSamples + 1; ++sample) {
+    check(cudaEventRecord(start, stream), "cudaEventRecord");
+    check(cudaGraphLaunch(replay, stream), "cudaGraphLaunch");
+    check(cudaEventRecord(stop, stream), "cudaEventRecord");
+    check(cudaEventSynchronize(stop), "replay");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+    if (sample > 0) samples.push_back(ms);
+  }
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  std::nth_element(samples.begin(), samples.begin() + kSamples / 2, samples.end());
+  return samples[kSamples / 2] * 1e3 / kCalls;
+}
+
+// Bytes per microsecond, read and written, of a copy far larger than the caches.
+double copy_roof(const Memory& m, cudaStream_t stream) {
+  cudaEvent_t start, stop;
+  check(cudaEventCreate(&start), "cudaEventCreate");
+  check(cudaEventCreate(&stop), "cudaEventCreate");
+  double best = 0;
+  for (int sample = 0; sample < kSamples; ++sample) {
+    check(cudaEventRecord(start, stream), "cudaEventRecord");
+    check(cudaMemcpyAsync(m.out[0], m.x[0], kMostBytes, cudaMemcpyDeviceToDevice, stream), "copy");
+    check(cudaEventRecord(stop, stream), "cudaEventRecord");
+    check(cudaEventSynchronize(stop), "copy");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+    best = std::max(best, 2.0 * kMostBytes / (ms * 1e3));
+  }
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  return best;
+}
+
+std::vector<Plan> candidates(const Problem& p, const Device& device, Pass pass) {
+  const int slot_bytes = brn::widest_slot(p);
+  const int lanes = slot_bytes / brn::size_of(p.dtype);
+  const std::int64_t resident = brn::resident_blocks(p, device.sm_count);
+  const bool rows = p.layout == Layout::kChannelsLast;
+  std::vector<Plan> plans{pass == Pass::kForward ? brn::plan_forward(p, device)
+                                                 : brn::plan_backward(p, device)};
+  const auto add = [&](Plan plan) {
+    plan = brn::cut(p, device, plan);
+    for (const Plan& known : plans) {
+      if (known == plan) return;
+    }
+    plans.push_back(plan);
+  };
+  const int most_columns = rows ? std::min(brn::kWarp, brn::kMaxSlabChannels / lanes) : 1;
+  for (int columns = 1; columns <= most_columns; columns *= 2) {
+    if (columns > 1 && std::int64_t{columns / 2} * lanes >= p.channels) break;
+    Plan plan;
+    plan.slot_bytes = slot_bytes;
+    plan.columns = columns;
+    plan.slots = brn::slots_per_thread(pass, slot_bytes);
+    plan.team = 1;
+    for (plan.threads = brn::kMinThreads; plan.threads <= brn::kMaxThreads; plan.threads *= 2) {
+      if (plan.threads >= columns * lanes || !rows) add(plan);
+    }
+    plan.threads = brn::kMaxThreads;
+    const std::int64_t total = brn::positions(p, slot_bytes);
+    const std::int64_t fills = brn::ceil_div(total, plan.positions_per_round());
+    for (const std::int64_t team :
+         {std::int64_t{2}, std::int64_t{4}, std::int64_t{8}, std::int64_t{16}, resident / 16,
+          resident / 12, resident / 8, resident / 6, resident / 4, resident / 3, resident / 2,
+          resident, fills / 2, fills, fills * 2}) {
+      if (team < 2 || team > resident || team > brn::ceil_div(total, plan.positions_per_pass())) {
+        continue;
+      }
+      plan.team = static_cast<int>(team);
+      add(plan);
+    }
+  }
+  return plans;
+}
+
+struct Timed {
+  Plan plan;
+  double us;
+  bool chosen;
+};
+
+void sweep(const Problem& p, Pass pass, const Device& device, const Memory& m, double roof,
+           cudaStream_t stream) {
+  std::vector<Timed> found;
+  bool chosen = true;  // the planner's own is the first
+  for (const Plan& plan : candidates(p, device, pass)) {
+    const double us = time_plan(p, plan, pass, m, stream);
+    if (us > 0) found.push_back({plan, us, chosen});
+    chosen = false;
+  }
+  std::sort(found.begin(), found.end(), [](const Timed& a, const Timed& b) { return a.us < b.us; });
+  const double bytes = static_cast<double>(p.elements()) * brn::size_of(p.dtype);
+  std::printf("\n%s %s %lldx%lldx%lld, %d-byte elements, %.1f MB, %zu plans\n",
+              pass == Pass::kForward ? "forward" : "backward",
+              p.layout == Layout::kChannelsFirst ? "nchw" : "nhwc", static_cast<long long>(p.batch),
+              static_cast<long long>(p.channels), static_cast<long long>(p.spatial),
+              brn::size_of(p.dtype), bytes / 1e6, found.size());
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    if (i >= 5 && !found[i].chosen) continue;
+    const double of_roof = brn::tensors_moved(pass) * bytes / found[i].us / roof;
+    std::printf("%10.1f us %4.0f%%  model %8.1f  %c ", found[i].us, 100 * of_roof,
+                brn::estimate(p, found[i].plan, device, pass), found[i].chosen ? '*' : ' ');
+    std::fflush(stdout);
+    std::cout << found[i].plan << std::endl;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const double budget = argc > 1 ? std::atof(argv[1]) : 60.0;
+  const auto began = std::chrono::steady_clock::now();
+  cudaDeviceProp chip{};
+  check(cudaGetDeviceProperties(&chip, 0), "cudaGetDeviceProperties");
+  const Device device{chip.multiProcessorCount};
+  const Memory memory = allocate();
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreate(&stream), "cudaStreamCreate");
+  const double roof = copy_roof(memory, stream);
+  std::printf("%s, %d SMs, copy %.0f GB/s; * is the planner's choice\n", chip.name, device.sm_count,
+              roof / 1e3);
+
+  struct Shape {
+    std::int64_t batch, channels, side;
+  };
+  // The four of kernels that differ most in regime first, so that a short budget still says much.
+  for (const Shape s :
+       {Shape{32, 64, 112}, Shape{256, 256, 56}, Shape{32, 512, 28}, Shape{256, 1024, 14},
+        Shape{256, 64, 112}, Shape{32, 256, 56}, Shape{256, 512, 28}, Shape{32, 1024, 14},
+        Shape{32, 128, 28}, Shape{32, 64, 56}, Shape{256, 256, 1}, Shape{1024, 512, 1}}) {
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+      for (const Layout layout : {Layout::kChannelsFirst, Layout::kChannelsLast}) {
+        if (s.side == 1 && layout == Layout::kChannelsFirst) continue;
+        for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+          const std::chrono::duration<double> used = std::chrono::steady_clock::now() - began;
+          if (used.count() > budget) {
+            std::printf("\nstopped after %.0f s\n", used.count());
+            return 0;
+          }
+          const Problem p{s.batch, s.channels, s.side * s.side, layout, dtype, 16};
+          sweep(p, pass, device, memory, roof, stream);
+        }
+      }
+    }
+  }
+  return 0;
+}

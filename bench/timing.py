@@ -1,0 +1,179 @@
+"""Seconds of an operation: on inputs that rotate past the last-level cache, providers taking turns.
+
+On CUDA a graph of one call for each set of inputs is replayed between two events, so that neither
+the host nor the launch queue is in the figure; what cannot be captured is timed between events as
+it is, and says so. On the CPU calls run in a loop long enough for the clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import providers, roofline
+from .shapes import Problem
+
+MOST_SETS = {"cuda": 256, "cpu": 128}
+HOT_CALLS = 16  # of one graph, on the same inputs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure one provider on one operation."""
+
+    seconds: float
+    least: int  # samples
+    most: int
+
+    @classmethod
+    def of(cls, device: torch.device, quick: bool) -> Budget:
+        if device.type == "cuda":
+            return cls(0.01, 5, 15) if quick else cls(0.02, 7, 31)
+        return cls(0.05, 3, 9) if quick else cls(0.4, 7, 51)
+
+
+@dataclass(frozen=True)
+class Timing:
+    seconds: float  # median
+    spread: float  # of the middle 80% of samples, relative to the median
+    samples: int
+    method: str  # "graph", "events" or "clock"
+
+
+def sets_needed(problem: Problem, device: torch.device, hot: bool) -> int:
+    """Sets of inputs to rotate through: enough that none is still in the cache when its turn comes
+    again."""
+    if hot:
+        return 1
+    enough = math.ceil(2 * roofline.cache_bytes(device) / max(problem.tensor_bytes, 1)) + 1
+    return min(max(enough, 2), MOST_SETS[device.type])
+
+
+class CudaSampler:
+    """One sample is one replay, in seconds a call."""
+
+    def __init__(self, layer: providers.Layer, op: str, inputs: list, hot: bool) -> None:
+        self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        # Forward and capture share a stream, or autograd would wait for one stream on another in
+        # the middle of a capture.
+        with torch.cuda.stream(self._stream), layer.scope():
+            operations = [providers.operation(layer, op, x, dy) for x, dy in inputs]
+            operations = operations * HOT_CALLS if hot else operations
+            for _ in range(2):
+                operations[0]()
+            self._stream.synchronize()
+            self.calls, self.method, self._graph = len(operations), "graph", torch.cuda.CUDAGraph()
+            self._operations, self._scope = operations, layer.scope
+            try:
+                with torch.cuda.graph(self._graph, stream=self._stream):
+                    # Outputs that stay alive lie apart: writes rotate past the cache as reads do.
+                    self._made = [] if hot else [operation() for operation in operations]
+                    if hot:
+                        self._one_after_another()
+            except RuntimeError:
+                self._graph, self.method = None, "events"
+        torch.cuda.synchronize()
+
+    def _one_after_another(self) -> None:
+        for operation in self._operations:
+            operation()
+
+    def sample(self) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._stream), self._scope():
+            start.record()
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._one_after_another()
+            stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e-3 / self.calls
+
+
+class CpuSampler:
+    """One sample is a loop of at least two milliseconds, in seconds a call."""
+
+    LEAST_SECONDS = 2e-3
+
+    def __init__(self, layer: providers.Layer, op: str, inputs: list, hot: bool) -> None:
+        self._operations = [providers.operation(layer, op, x, dy) for x, dy in inputs]
+        self._next, self.calls, self.method = 0, 1, "clock"
+        self.sample()
+        while (seconds := self.sample()) * self.calls < self.LEAST_SECONDS:
+            self.calls = max(self.calls + 1, math.ceil(1.5 * self.LEAST_SECONDS / seconds))
+
+    def sample(self) -> float:
+        operations, at, calls = self._operations, self._next, self.calls
+        begin = time.perf_counter()
+        for i in range(at, at + calls):
+            operations[i % len(operations)]()
+        seconds = time.perf_counter() - begin
+        self._next = (at + calls) % len(operations)
+        return seconds / calls
+
+
+def _timing(samples: list[float], method: str) -> Timing:
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    median = statistics.median(samples)
+    return Timing(median, (tenths[-1] - tenths[0]) / median, len(samples), method)
+
+
+def take_turns(
+    samplers: dict[str, Callable[[], float]], budgets: dict[str, int]
+) -> dict[str, list[float]]:
+    """Samples of each, `budgets` many. A round goes through all of them, the next one backwards, so
+    that a machine that slows down slows everyone down alike."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    order = list(samplers)
+    for _ in range(max(budgets.values(), default=0)):
+        for name in order:
+            if len(samples[name]) < budgets[name]:
+                samples[name].append(samplers[name]())
+        order.reverse()
+    return samples
+
+
+def time_operation(
+    problem: Problem,
+    op: str,
+    names: list[str],
+    device: torch.device,
+    *,
+    hot: bool = False,
+    budget: Budget,
+) -> dict[str, Timing | Exception]:
+    """A timing for each provider, or the exception that it raised."""
+    generator = torch.Generator(device).manual_seed(0)
+    sets = sets_needed(problem, device, hot)
+    inputs = [
+        (problem.tensor(device, generator), problem.tensor(device, generator)) for _ in range(sets)
+    ]
+    sampler_type = CudaSampler if device.type == "cuda" else CpuSampler
+    samplers, found = {}, {}
+    for name in names:
+        try:
+            layer = providers.PROVIDERS[name].make(problem, device)
+            samplers[name] = sampler_type(layer, op, inputs, hot)
+        except Exception as error:  # a provider that fails must not take the others with it
+            found[name] = error
+    counts = {}
+    for name, sampler in samplers.items():
+        seconds = sampler.sample() * sampler.calls
+        counts[name] = min(max(math.ceil(budget.seconds / seconds), budget.least), budget.most)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        samples = take_turns({name: s.sample for name, s in samplers.items()}, counts)
+    finally:
+        if collecting:
+            gc.enable()
+    found |= {name: _timing(samples[name], sampler.method) for name, sampler in samplers.items()}
+    return {name: found[name] for name in names}

@@ -1,0 +1,320 @@
+"""The benchmark's arithmetic and its command: what it counts, how it compares, what it promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # bench is no part of the installed package
+
+from bench import (  # noqa: E402
+    OPS,
+    OURS,
+    PEER,
+    acceptance,
+    dram,
+    machine,
+    memory,
+    plot,
+    providers,
+    roofline,
+    run,
+    shapes,
+    small,
+    table,
+    timing,
+)
+
+CPU = torch.device("cpu")
+SMALL = shapes.Problem((4, 6, 5, 7), "float32", "nchw")
+
+
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
+@pytest.mark.parametrize("shape", [(8, 6), (2, 6, 5), (2, 6, 5, 7), (2, 6, 3, 5, 7)], ids=str)
+def test_a_problem_makes_dense_tensors_of_its_layout(shape, layout):
+    x = shapes.Problem(shape, "bfloat16", layout).tensor(CPU)
+    assert x.shape == torch.Size(shape) and x.dtype == torch.bfloat16
+    rows = len(shape) == 2 or layout == "nhwc"
+    assert x.stride(1) == (1 if rows else math.prod(shape[2:]))
+    assert x.untyped_storage().nbytes() == 2 * x.numel()
+
+
+def test_suites_are_what_their_names_say():
+    assert len(shapes.SUITES["resnet50"]) == 9
+    assert {shape[0] for shape in shapes.SUITES["resnet50-large"]} == {256}
+    assert {len(shape) for shape in shapes.SUITES["3d"]} == {5}
+    assert shapes.QUICK.keys() == shapes.SUITES.keys()
+    found = shapes.problems("rl", ["float32"], list(shapes.LAYOUTS))
+    assert [(p.name, p.layout) for p in found] == [("256x256", "nhwc"), ("1024x512", "nhwc")]
+
+
+def test_bytes_are_a_property_of_the_problem():
+    x = 4 * 6 * 5 * 7 * 4
+    found = {op: roofline.bytes_moved(SMALL, op) for op in OPS}
+    assert found == {"forward": 2 * x, "backward": 3 * x, "inference": 2 * x, "train": 5 * x}
+
+
+@pytest.mark.parametrize("name", [OURS, PEER, "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_provider_runs_every_operation(name, op):
+    layer = providers.PROVIDERS[name].make(SMALL, CPU)
+    x, dy = SMALL.tensor(CPU), SMALL.tensor(CPU)
+    call = providers.operation(layer, op, x, dy)
+    for _ in range(2):  # a graph that backward has gone through once must still be there
+        made = call()
+    if op in ("backward", "train"):
+        dx, dweight, dbias = made
+        assert dx.shape == x.shape and dweight.shape == dbias.shape == (6,)
+        torch.testing.assert_close(dbias, dy.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    else:
+        assert made.shape == x.shape and made.requires_grad == (op == "forward")
+
+
+def test_compiled_gradients_of_the_reference_are_never_timed():
+    provider = providers.PROVIDERS["compiled reference"]
+    assert not provider.measures("backward", CPU) and not provider.measures("train", CPU)
+
+
+def test_inputs_rotate_past_the_cache():
+    cache = roofline.cache_bytes(CPU)
+    assert cache >= 1 << 18
+    problem = shapes.Problem((32, 64, 56, 56), "float32", "nchw")
+    sets = timing.sets_needed(problem, CPU, hot=False)
+    assert (sets - 1) * problem.tensor_bytes >= 2 * cache
+    assert timing.sets_needed(problem, CPU, hot=True) == 1
+    assert timing.sets_needed(SMALL, CPU, hot=False) == timing.MOST_SETS["cpu"]
+    huge = shapes.Problem((1 << 20, 1 << 10), "float32", "nhwc")
+    assert timing.sets_needed(huge, CPU, hot=False) == 2
+
+
+def test_providers_take_turns_and_the_order_alternates():
+    order = []
+
+    def sampler(name):
+        return lambda: order.append(name) or 1.0
+
+    samples = timing.take_turns({"a": sampler("a"), "b": sampler("b")}, {"a": 3, "b": 2})
+    assert order == ["a", "b", "b", "a", "a"]
+    assert samples == {"a": [1.0] * 3, "b": [1.0] * 2}
+
+
+def test_a_timing_is_a_median_with_the_spread_of_the_middle():
+    found = timing._timing([1.0, 2.0, 3.0, 4.0, 100.0], "clock")
+    assert found.seconds == 3.0 and found.samples == 5
+    assert 0.5 < found.spread < 25
+
+
+def test_a_provider_that_fails_does_not_take_the_others_with_it(monkeypatch):
+    def broken(problem, device):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(providers.PROVIDERS, "broken", providers.Provider("broken", broken))
+    budget = timing.Budget(0.0, 3, 3)
+    found = timing.time_operation(SMALL, "forward", ["broken", OURS], CPU, budget=budget)
+    assert isinstance(found["broken"], RuntimeError)
+    assert found[OURS].seconds > 0 and found[OURS].samples == 3
+    row = run._row(SMALL, "forward", "broken", found["broken"], None, 1e9)
+    text = table.line(row | {"hot": False, "threads": 1, "backend": "", "in_cache": False})
+    assert "failed: RuntimeError: out of memory" in text
+
+
+def test_memory_of_a_step():
+    rows = memory.measure(CPU)
+    by_provider = {row["provider"]: row for row in rows[:2]}
+    assert by_provider[OURS]["saved"] == 64 * 4 * (5 + 1)  # stats and weight
+    assert 2.0 <= by_provider[OURS]["peak"] / by_provider[OURS]["tensor_bytes"] < 2.01
+
+
+def test_small_calls_run():
+    assert small.run(CPU, teams=False) == 2 * len(small.NAMES) + 1
+
+
+# Acceptance: rows made up so that the verdict is known.
+
+
+def _row(provider=OURS, **fields):
+    row = {
+        "suite": "resnet50",
+        "shape": "32x64x112x112",
+        "dtype": "float32",
+        "layout": "nchw",
+        "op": "train",
+        "provider": provider,
+        "tensor_bytes": 103_000_000,
+        "us": 100.0,
+        "spread": 0.0,
+        "of_roof": 0.9,
+        "ratio": 2.0,
+        "hot": False,
+        "threads": None,
+    }
+    return row | fields
+
+
+def _results(rows, device="cuda", **fields):
+    empty = {"overhead": [], "memory": [], "launches": [], "dram": [], "cache_bytes": 50_000_000}
+    return {"header": {"device": device}, "rows": rows} | empty | fields
+
+
+def verdicts(results):
+    return {row["measure"]: (row["verdict"], row["found"]) for row in acceptance.judge(results)}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_was_not_measured_is_said_to_be_so(device):
+    assert {verdict for verdict, _ in verdicts(_results([], device)).values()} == {"not measured"}
+
+
+def test_the_mean_ratio_is_geometric_and_of_its_own_suite():
+    rows = [
+        _row(ratio=1.0),
+        _row(ratio=4.0),
+        _row(ratio=100.0, suite="rl"),
+        _row(ratio=9.0, hot=True),
+    ]
+    found = verdicts(_results(rows))["NCHW train, float32, resnet50: x F.batch_norm, mean"]
+    assert found == ("holds", pytest.approx(2.0))
+
+
+def test_the_roof_counts_large_tensors_only():
+    rows = [
+        _row(op="forward", of_roof=0.7, tensor_bytes=24_000_000),
+        _row(op="forward", of_roof=0.85),
+        _row(op="forward", of_roof=0.75, layout="nhwc"),
+    ]
+    name = "NCHW forward, float32, 25 MB and more: of the roof"
+    assert verdicts(_results(rows))[name] == ("holds", 0.85)
+    rows.append(_row(op="forward", of_roof=0.79))
+    assert verdicts(_results(rows))[name] == ("does not hold", 0.79)
+
+
+def test_a_sum_over_shapes_weighs_by_time():
+    suite = {"suite": "resnet50-large", "op": "backward"}
+    rows = [_row(us=900.0, of_roof=1.0, **suite), _row(us=100.0, of_roof=0.1, **suite)]
+    name = "NCHW backward, float32, sum of resnet50-large: of the roof"
+    assert verdicts(_results(rows))[name] == ("holds", pytest.approx(0.91))
+
+
+def test_one_slow_shape_breaks_the_promise_for_every_shape():
+    rows = [_row(ratio=3.0), _row(ratio=0.94, shape="32x512x7x7")]
+    found = verdicts(_results(rows))
+    assert found["any shape, train: x F.batch_norm"] == ("does not hold", 0.94)
+    assert found["any shape, forward: x F.batch_norm"] == ("not measured", None)
+
+
+def test_noise_is_granted_on_the_cpu():
+    rows = [_row(ratio=0.95, spread=0.08, threads=1), _row(PEER, ratio=1.0, spread=0.08, threads=1)]
+    name = "any shape, train: x F.batch_norm, beyond the noise"
+    assert verdicts(_results(rows, "cpu"))[name] == ("holds", pytest.approx(0.95 * 1.08))
+
+
+def test_failed_rows_are_not_measurements():
+    row = _row()
+    del row["us"]
+    assert verdicts(_results([row]))["any shape, train: x F.batch_norm"][0] == "not measured"
+
+
+def test_launches_overhead_memory_and_dram():
+    results = _results(
+        [],
+        launches=[{"case": "4-D", "ran": [["forward_kernel"], ["memset", "backward_kernel"]]}],
+        overhead=[{"shape": "4x8", "us": {"BatchRenorm1d": 20.0, "BatchNorm1d": 25.0}}],
+        dram=[{"dram_bytes": 95.0, "floor_bytes": 100.0}],
+    )
+    found = verdicts(results)
+    assert found["kernel launches each way"] == ("does not hold", 2)
+    assert found["host overhead: of nn.BatchNorm's"] == ("holds", 0.8)
+    assert found["DRAM bytes: distance from the floor"] == ("holds", pytest.approx(0.05))
+
+
+NCU = """==PROF== Connected to process 1
+"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"
+"","","byte","byte"
+"""
+
+
+def test_ncu_output_is_read_in_the_order_of_the_work():
+    lines = [f'"{i}","brn::kernel","1,000,{i:03}","500"' for i in range(6)]
+    rows = dram.read((NCU + "\n".join(lines)).splitlines())
+    assert [row["op"] for row in rows] == ["forward", "backward"] * 3
+    assert rows[3]["dram_bytes"] == 1_000_003 + 500
+    assert rows[0]["floor_bytes"] == 2 * dram.PROBLEMS[0].tensor_bytes
+
+
+def test_ncu_output_with_other_kernels_is_refused():
+    with pytest.raises(ValueError, match="expected 6 kernels, found 1"):
+        dram.read((NCU + '"0","brn::kernel","1","2"').splitlines())
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "r.json"
+    threads = torch.get_num_threads()
+    command = ["--device", "cpu", "--quick", "--suite", "cpu", "--dtype", "float32", "--layout"]
+    command += ["nhwc", "--op", "forward,train", "--threads", "1", "--seconds", "2"]
+    try:
+        assert run.main([*command, "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return path
+
+
+def test_results_are_written(measured):
+    results = json.loads(measured.read_text())
+    assert {row["provider"] for row in results["rows"]} == {OURS, PEER}
+    for row in results["rows"]:
+        assert row["us"] > 0 and row["gb_per_s"] > 0 and row["threads"] == 1
+        problem = shapes.Problem(tuple(map(int, row["shape"].split("x"))), "float32", "nhwc")
+        moved = roofline.bytes_moved(problem, row["op"])
+        assert row["gb_per_s"] == pytest.approx(moved / row["us"] / 1e3)
+    assert results["header"]["torch"] == torch.__version__ and results["quick"]
+    assert results["roof"]["1"] > 1e8
+    assert {row["verdict"] for row in results["acceptance"]} >= {"not measured"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_results_are_drawn(measured, tmp_path):
+    assert plot.main([str(measured), "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"roofline.png", "ratios.png"}
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--suite", "resnet51"])
+    assert "'resnet51' is not one of resnet50," in capsys.readouterr().err
+
+
+def test_the_folder_of_a_chip():
+    assert machine.directory_name({"device": "cuda", "chip": "NVIDIA H200"}) == "nvidia-h200"
+    assert machine.directory_name({"device": "cpu", "chip": "any"}) == "cpu"
+
+
+def test_the_gpu_script_goes_on_when_every_step_fails(tmp_path):
+    tree = tmp_path / "tree"
+    (tree / "bench").mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "gpu.sh", tree / "bench")
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", "out"],
+        cwd=tree,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "false", "SECONDS_IN_ALL": "60"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    summary = (tree / "out" / "summary.txt").read_text()
+    for step in ("build", "doctor", "parity, quick", "parity, all", "benchmark"):
+        assert f"{step:28} failed, exit status 1" in summary
+    assert "s in all" in summary and len(list((tree / "out").iterdir())) <= 8

@@ -1,0 +1,271 @@
+"""torch.compile, torch.export and the checks of torch.library: the layer as a graph.
+
+A Batch Renormalization in plain torch operations gets silently wrong gradients from torch.compile,
+which recomputes r from statistics that have moved; so every gradient here is compared with eager's,
+under random cotangents.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch._dynamo.testing
+from devices import each_device
+from torch import nn
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from batchrenorm_cuda import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    RenormSchedule,
+    batch_renorm,
+    reference,
+)
+
+MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def steps_of(model, call, shape, device, steps=3, dtype=torch.float32):
+    """Outputs, gradients and state over a few steps of different inputs."""
+    generator = torch.Generator().manual_seed(7)
+    results = []
+    for step in range(steps):
+        x = torch.randn(*shape, generator=generator) * (1 + step) + step
+        x = x.to(device, dtype).requires_grad_()
+        y = call(x)
+        dy = torch.randn(*y.shape, generator=generator).to(device, dtype)
+        model.zero_grad()
+        y.backward(dy)
+        results.append((y.detach(), x.grad, *(p.grad for p in model.parameters())))
+        results.append([b.clone() for b in model.buffers()])
+    return results
+
+
+@each_device()
+@BACKENDS
+@MODES
+def test_compiled_steps_are_eager_steps(training, backend, device):
+    schedule = RenormSchedule(0, 2.0, 4, 3.0, 4)  # limits that move with every step
+    model = nn.Sequential(nn.Linear(5, 4), BatchRenorm1d(4, momentum=0.3, schedule=schedule), nn.ReLU())
+    nn.init.normal_(model[1].weight)
+    model.to(device).train(training)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    found = steps_of(model, compiled, (6, 5), device)
+    want = steps_of(twin, twin, (6, 5), device)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert model[1].num_batches_tracked.item() == 3 * training
+
+
+@each_device()
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_compiled_in_other_dtypes_and_channels_last(dtype, training, device):
+    model = BatchRenorm2d(3, dtype=dtype, device=device).train(training)  # half-precision weights
+    model.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def last(call):
+        return lambda x: call(x.to(memory_format=torch.channels_last))
+
+    found = steps_of(model, last(compiled), (4, 3, 5, 5), device, 2, dtype)
+    want = steps_of(twin, last(twin), (4, 3, 5, 5), device, 2, dtype)
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+    assert found[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_schedule_moves_and_is_replaced_without_recompiling():
+    model = BatchRenorm1d(4, schedule=RenormSchedule(1, 3.0, 5, 3.0, 5))
+    twin = copy.deepcopy(model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    assert steps_of(model, compiled, (6, 4), "cpu", 1) is not None
+    steps_of(twin, twin, (6, 4), "cpu", 1)
+    frames = counter.frame_count
+    for schedule in (None, RenormSchedule.constant(1.5, 0.1), RenormSchedule()):
+        if schedule is not None:
+            model.set_schedule(schedule), twin.set_schedule(schedule)
+        found = steps_of(model, compiled, (6, 4), "cpu", 4)
+        torch.testing.assert_close(found, steps_of(twin, twin, (6, 4), "cpu", 4))
+    assert counter.frame_count == frames
+
+
+@BACKENDS
+def test_dynamic_shapes_compile_once(backend):
+    model = BatchRenorm2d(4, schedule=RenormSchedule(0, 2.0, 9, 3.0, 9))
+    twin = copy.deepcopy(model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    frames = None
+    for n in (5, 7, 8, 12):
+        shape = (n, 4, n + 4, 2 * n + 9)
+        found = steps_of(model, compiled, shape, "cpu", 1)
+        torch.testing.assert_close(found, steps_of(twin, twin, shape, "cpu", 1), rtol=1e-4, atol=1e-4)
+        frames = frames or counter.frame_count
+    assert counter.frame_count == frames
+
+
+@MODES
+def test_the_functional_form_compiles(training):
+    weight = torch.rand(3, requires_grad=True)
+    results = []
+    for layer in (batch_renorm, reference.batch_renorm):
+        torch.manual_seed(1)
+        x, dy = torch.randn(2, 6, 3).unbind()
+        mean, std = torch.randn(3), torch.rand(3) + 0.5
+        x.requires_grad_()
+
+        def call(x, mean, std, layer=layer):
+            return layer(x * 2, mean, std, weight, None, training, 0.1, 1e-3, 2.0, 1.0).relu()
+
+        if layer is batch_renorm:
+            call = torch.compile(call, fullgraph=True)
+        y = call(x, mean, std)
+        results.append((y, mean, std, *torch.autograd.grad(y, (x, weight), dy)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_compiled_call_without_gradients():
+    model = BatchRenorm1d(3)
+    twin = copy.deepcopy(model)
+    x = torch.randn(6, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), twin(x))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def test_bad_arguments_do_not_compile():
+    compiled = torch.compile(lambda x, s: batch_renorm(x, s, torch.ones(3)), fullgraph=True)
+    with pytest.raises(Exception, match="running_mean must have shape"):
+        compiled(torch.ones(6, 3), torch.zeros(4))
+    compiled = torch.compile(lambda x: batch_renorm(x, None, None, training=True), fullgraph=True)
+    with pytest.raises(Exception, match="more than one value per channel"):
+        compiled(torch.ones(1, 3))
+
+
+@MODES
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+def test_export(strict, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4, momentum=0.3)).train(training)
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 3, 8, 8)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=({0: batch},))
+    if not strict:
+        assert "torch.ops.batchrenorm." in program.graph_module.code
+    exported = program.module()
+    for n in (4, 7):
+        x = torch.randn(n, 3, 8, 8)
+        torch.testing.assert_close(exported(x), twin(x), rtol=1e-5, atol=1e-5)
+    for name, t in exported.state_dict().items():
+        torch.testing.assert_close(t, twin.state_dict()[name])
+    program.run_decompositions()
+
+
+def sample(shape, dtype=torch.float32, form=torch.contiguous_format):
+    torch.manual_seed(0)
+    c = shape[1]
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dy = torch.randn(2, *shape, dtype=dtype).unbind()
+    x = x.contiguous(memory_format=form)
+    weight, bias, mean = torch.randn(3, c, dtype=real).unbind()
+    return x, dy, weight, bias, mean, torch.rand(c, dtype=real) + 0.5
+
+
+# Symbolic shapes are traced in opcheck's test_aot_dispatch_dynamic.
+INPUTS = {
+    "2-D": lambda: sample((6, 3)),
+    "3-D": lambda: sample((6, 3, 5), torch.float64),
+    "4-D": lambda: sample((2, 3, 5, 4), torch.bfloat16),
+    "channels_last": lambda: sample((2, 3, 5, 4), form=torch.channels_last),
+    "channels_last_3d": lambda: sample((2, 3, 5, 4, 2), torch.half, torch.channels_last_3d),
+    "sliced": lambda: (sample((4, 3, 6))[0][::2, :, ::2], *sample((2, 3, 3))[1:]),
+    "sliced channels_last": lambda: (
+        sample((2, 3, 5, 8), form=torch.channels_last)[0][..., ::2],
+        *sample((2, 3, 5, 4))[1:],
+    ),
+    "transposed": lambda: (sample((3, 6))[0].t(), *sample((6, 3))[1:]),
+    "permuted": lambda: (sample((2, 3, 4, 5))[0].mT, *sample((2, 3, 5, 4))[1:]),
+    "one channel": lambda: sample((4, 1, 6)),
+    "one pixel": lambda: sample((4, 3, 1, 1)),
+    "one example": lambda: sample((1, 3, 4, 1)),
+    "empty": lambda: sample((0, 3, 4)),
+}
+
+
+@each_device()
+@pytest.mark.parametrize("name", INPUTS)
+def test_opcheck(name, device):
+    x, dy, weight, bias, mean, std = (t.to(device) for t in INPUTS[name]())
+    ops = torch.ops.batchrenorm
+    counter = torch.tensor(3, device=device)
+    schedule = RenormSchedule().as_tensor(device)
+    numbers = (0.1, 1e-5, 3.0, 5.0, False)
+    for w, b in ((weight, bias), (None, None))[: 2 if name == "2-D" else 1]:
+        opcheck(ops.forward, (x, w, b, mean.clone(), std.clone(), counter, schedule, *numbers))
+        opcheck(ops.forward, (x, w, b, None, None, None, None, *numbers))
+        _, stats = ops.forward(x, w, b, mean.clone(), std.clone(), None, None, *numbers)
+        opcheck(ops.backward, (dy, x, w, stats))
+        opcheck(ops.renormalize, (x, w, b, stats))
+        opcheck(ops.inference, (x, w, b, mean, std))
+        opcheck(ops.inference_backward, (dy, x, w, mean, std))
+
+
+def test_every_operator_is_checked():
+    names = torch._C._dispatch_get_all_op_names()
+    ours = {name.split("::")[1] for name in names if name.startswith("batchrenorm::")}
+    assert ours == {"forward", "backward", "renormalize", "inference", "inference_backward"}
+
+
+SAVES_THE_LAYER = functools.partial(
+    create_selective_checkpoint_contexts, [torch.ops.batchrenorm.forward.default]
+)
+
+
+def blocks():
+    torch.manual_seed(0)
+    schedule = RenormSchedule.constant(2.0, 1.0)
+    layers = [BatchRenorm2d(4, momentum=0.3, schedule=schedule) for _ in range(2)]
+    return nn.Sequential(nn.Conv2d(3, 4, 3), layers[0], nn.ReLU(), nn.Conv2d(4, 4, 3), layers[1], nn.ReLU())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_checkpointing_that_saves_the_layer_is_exact(backend):
+    model, twin = blocks(), blocks()
+
+    def call(x):
+        return checkpoint(model, x, use_reentrant=False, context_fn=SAVES_THE_LAYER)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    found = steps_of(model, compiled, (4, 3, 8, 8), "cpu")
+    torch.testing.assert_close(found, steps_of(twin, twin, (4, 3, 8, 8), "cpu"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_compiled_checkpointing_that_would_be_wrong_is_refused(where, backend):
+    model = blocks()
+    if where == "around":
+        call = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend=backend)
+    else:
+        inner = torch.compile(model, backend=backend)
+
+        def call(x):
+            return checkpoint(inner, x, use_reentrant=False)
+
+    with pytest.raises(Exception, match="statistics that it has moved already"):
+        call(torch.randn(4, 3, 8, 8, requires_grad=True))
+    assert model[1].num_batches_tracked == 0

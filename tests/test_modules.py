@@ -1,0 +1,242 @@
+"""The layers: construction, forward, and what they share with torch's BatchNorm."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from devices import each_device
+from torch import nn
+
+from batchrenorm_cuda import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    RenormSchedule,
+    batch_renorm,
+    reference,
+)
+
+LAYERS = [
+    (BatchRenorm1d, nn.BatchNorm1d, (6, 4)),
+    (BatchRenorm1d, nn.BatchNorm1d, (6, 4, 5)),
+    (BatchRenorm2d, nn.BatchNorm2d, (6, 4, 5, 3)),
+    (BatchRenorm3d, nn.BatchNorm3d, (3, 4, 2, 3, 5)),
+]
+
+
+@each_device()
+@pytest.mark.parametrize(("layer", "_", "shape"), LAYERS, ids=str)
+def test_a_layer_trains_and_infers_as_the_reference(layer, _, shape, device):
+    torch.manual_seed(0)
+    schedule = RenormSchedule(1, 2.0, 4, 3.0, 3)
+    module = layer(4, momentum=0.3, schedule=schedule).to(device)
+    nn.init.normal_(module.weight)
+    state = {name: t.detach().clone() for name, t in module.state_dict().items()}
+    for step in range(6):
+        x, dy = torch.randn(2, *shape, device=device).unbind()
+        x = (x * (step + 1) + step).requires_grad_()
+        y = module(x)
+        truth = reference.batch_renorm(
+            x,
+            state["running_mean"],
+            state["running_std"],
+            module.weight,
+            module.bias,
+            True,
+            0.3,
+            num_batches_tracked=state["num_batches_tracked"],
+            schedule=state["schedule"],
+        )
+        inputs = (x, module.weight, module.bias)
+        found, want = (torch.autograd.grad(t, inputs, dy) for t in (y, truth))
+        torch.testing.assert_close((y, *found), (truth, *want), rtol=1e-4, atol=1e-4)
+        for name, buffer in module.named_buffers():
+            torch.testing.assert_close(buffer, state[name])
+    assert module.num_batches_tracked.item() == 6
+    module.eval()
+    before = {name: t.clone() for name, t in module.named_buffers()}
+    y = module(x)
+    truth = batch_renorm(x, module.running_mean, module.running_std, module.weight, module.bias)
+    assert torch.equal(y, truth)
+    assert all(torch.equal(before[name], t) for name, t in module.named_buffers())
+
+
+@pytest.mark.parametrize(("layer", "peer", "shape"), LAYERS, ids=str)
+def test_in_the_warm_up_it_is_batch_norm(layer, peer, shape):
+    torch.manual_seed(0)
+    module, norm = layer(4), peer(4)
+    for step in range(3):
+        x = torch.randn(shape) * (step + 1) + step
+        torch.testing.assert_close(module(x), norm(x))
+    torch.testing.assert_close(module.running_mean, norm.running_mean / 10, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(("layer", "peer", "shape"), LAYERS, ids=str)
+def test_it_has_the_attributes_and_state_of_batch_norm(layer, peer, shape):
+    for options in ({}, {"affine": False}, {"track_running_stats": False}):
+        module, norm = layer(4, **options), peer(4, **options)
+        for name in ("num_features", "eps", "affine", "track_running_stats", "training"):
+            assert getattr(module, name) == getattr(norm, name)
+        for name in ("weight", "bias", "running_mean", "num_batches_tracked"):
+            mine, theirs = getattr(module, name), getattr(norm, name)
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+        renamed = {name.replace("running_var", "running_std") for name in norm.state_dict()}
+        extra = {"schedule"} if module.track_running_stats else set()
+        assert set(module.state_dict()) == renamed | extra
+        assert not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    assert layer(4).momentum == 0.01
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_weight_and_bias(affine, bias):
+    module = BatchRenorm1d(4, affine=affine, bias=bias)
+    assert (module.weight is not None) == affine
+    assert (module.bias is not None) == (affine and bias)
+    assert len(list(module.parameters())) == affine + (affine and bias)
+    assert module(torch.randn(6, 4)).shape == (6, 4)
+
+
+@each_device()
+def test_without_tracking_it_normalises_by_the_batch_always(device):
+    module = BatchRenorm1d(4, track_running_stats=False, device=device)
+    norm = nn.BatchNorm1d(4, track_running_stats=False, device=device)
+    x = torch.randn(6, 4, device=device) * 3 + 2
+    for training in (True, False):
+        torch.testing.assert_close(module.train(training)(x), norm.train(training)(x))
+    assert list(module.buffers()) == []
+    with pytest.raises(ValueError, match="schedule .* track_running_stats=False"):
+        module.set_schedule(RenormSchedule())
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (
+            BatchRenorm2d(4),
+            "BatchRenorm2d(4, eps=1e-05, momentum=0.01, affine=True, track_running_stats=True, "
+            "schedule=RenormSchedule(warmup_steps=5000, r_max=3.0, r_max_step=40000, d_max=5.0, "
+            "d_max_step=25000))",
+        ),
+        (
+            BatchRenorm1d(4, 1e-3, None, bias=False, track_running_stats=False, skip_nonfinite=True),
+            "BatchRenorm1d(4, eps=0.001, momentum=None, affine=True, track_running_stats=False, "
+            "bias=False, skip_nonfinite=True)",
+        ),
+        (
+            BatchRenorm3d(4, affine=False, schedule=RenormSchedule.constant(2.0, 1.0)),
+            "BatchRenorm3d(4, eps=1e-05, momentum=0.01, affine=False, track_running_stats=True, "
+            "schedule=RenormSchedule(warmup_steps=0, r_max=2.0, r_max_step=0, d_max=1.0, "
+            "d_max_step=0))",
+        ),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_repr(module, text):
+    assert repr(module) == text
+    repr(module.to("meta"))
+
+
+def test_reset():
+    module = BatchRenorm1d(4)
+    module(torch.randn(6, 4))
+    with torch.no_grad():
+        module.weight.fill_(3), module.bias.fill_(3)
+    module.set_schedule(RenormSchedule.constant(2.0, 1.0))
+    module.reset_running_stats()
+    assert module.num_batches_tracked == 0 and module.running_mean.eq(0).all()
+    assert module.running_std.eq(1).all() and module.weight.eq(3).all()
+    module.reset_parameters()
+    assert module.weight.eq(1).all() and module.bias.eq(0).all()
+    assert RenormSchedule.from_tensor(module.schedule) == RenormSchedule.constant(2.0, 1.0)
+
+
+@each_device()
+def test_the_schedule_can_be_replaced_in_mid_training(device):
+    module = BatchRenorm1d(1, affine=False, eps=0.0, schedule=RenormSchedule.constant(1, 0))
+    module.to(device)
+    buffer = module.schedule
+    x = torch.tensor([[-10.0], [10.0]], device=device)
+    torch.testing.assert_close(module(x).max().item(), 1.0)
+    module.set_schedule(RenormSchedule.constant(math.inf, 0))
+    torch.testing.assert_close(module(x).max().item(), 10 / (1 + 0.01 * 9), rtol=1e-5, atol=0)
+    assert module.schedule is buffer and module.num_batches_tracked.item() == 2
+    with pytest.raises(TypeError, match="schedule must be a RenormSchedule, got tuple"):
+        module.set_schedule((1, 2, 3, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_features": 0}, ValueError, "num_features must be >= 1, got 0"),
+        ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
+        ({"momentum": 1.1}, ValueError, "momentum must be .* got 1.1"),
+        ({"momentum": "x"}, TypeError, "momentum must be a number, got str"),
+        ({"schedule": None}, TypeError, "schedule must be a RenormSchedule, got NoneType"),
+        ({"dtype": torch.int64}, TypeError, "dtype must be .* got torch.int64"),
+    ],
+)
+def test_a_bad_constructor_argument_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        BatchRenorm2d(**{"num_features": 4} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes", "wanted"),
+    [
+        (BatchRenorm1d, [(6,), (6, 4, 5, 5)], "2D or 3D"),
+        (BatchRenorm2d, [(6, 4), (6, 4, 5), (6, 4, 5, 5, 5)], "4D"),
+        (BatchRenorm3d, [(6, 4), (6, 4, 5, 5)], "5D"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_refuses_other_dimensions(layer, shapes, wanted, training):
+    module = layer(4).train(training)
+    for shape in shapes:
+        with pytest.raises(ValueError, match=f"x must be {wanted}, got {len(shape)}D input"):
+            module(torch.ones(shape))
+    with pytest.raises(TypeError, match="x must be a Tensor, got list"):
+        module([1.0])
+    assert module.num_batches_tracked == 0
+
+
+def test_a_layer_refuses_other_channels():
+    with pytest.raises(ValueError, match=r"running_mean must have shape \(5,\) .* got \(4,\)"):
+        BatchRenorm1d(4)(torch.ones(6, 5))
+
+
+@each_device()
+def test_the_cumulative_average(device):
+    module = BatchRenorm1d(3, momentum=None, device=device)
+    batches = torch.randn(5, 6, 3, device=device)
+    for x in batches:
+        module(x)
+    torch.testing.assert_close(module.running_mean, batches.mean((0, 1)))
+
+
+def test_the_arguments_of_batch_norm_come_first_and_in_order():
+    module = BatchRenorm2d(4, 1e-3, 0.1, False, False)
+    found = (module.eps, module.momentum, module.affine, module.track_running_stats)
+    assert found == (1e-3, 0.1, False, False)
+    with pytest.raises(TypeError):
+        BatchRenorm2d(4, 1e-3, 0.1, False, False, False)
+
+
+def test_sync_batch_norm_does_not_swallow_the_layer():
+    model = nn.Sequential(BatchRenorm2d(4), nn.BatchNorm2d(4))
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert [type(m) for m in converted] == [BatchRenorm2d, nn.SyncBatchNorm]
+
+
+def test_functional_call_replaces_parameters_and_buffers():
+    module = BatchRenorm1d(3)
+    x = torch.randn(6, 3)
+    state = {name: t.detach().clone() for name, t in module.state_dict().items()}
+    state["weight"] *= 2
+    y = torch.func.functional_call(module, state, (x,))
+    assert module.num_batches_tracked == 0 and state["num_batches_tracked"] == 1
+    torch.testing.assert_close(y, 2 * module(x))

@@ -1,0 +1,117 @@
+"""The schedule of the limits, on the host and on the device."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from devices import each_device
+
+from batchrenorm_cuda import RenormSchedule, batch_renorm
+
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    ("step", "limits"),
+    [
+        (0, (1.0, 0.0)),
+        (5000, (1.0, 0.0)),
+        (15000, (1 + 2 * 10000 / 35000, 2.5)),
+        (25000, (1 + 2 * 20000 / 35000, 5.0)),
+        (40000, (3.0, 5.0)),
+        (10**9, (3.0, 5.0)),
+    ],
+)
+def test_the_paper_schedule_is_the_default(step, limits):
+    assert RenormSchedule().limits_at(step) == pytest.approx(limits, rel=1e-15)
+
+
+def test_a_constant_schedule_does_not_move():
+    schedule = RenormSchedule.constant(2.5, 0.5)
+    assert {schedule.limits_at(step) for step in (0, 1, 10**6)} == {(2.5, 0.5)}
+
+
+def test_limits_may_jump_and_be_infinite():
+    jump = RenormSchedule(10, INF, 10, INF, 10)
+    assert jump.limits_at(9) == (1.0, 0.0)
+    assert jump.limits_at(10) == (INF, INF)
+    line = RenormSchedule(10, INF, 20, INF, 30)  # no line leads to infinity
+    assert line.limits_at(10) == (1.0, 0.0)
+    assert line.limits_at(11) == (INF, INF)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"warmup_steps": -1}, ValueError, "warmup_steps must be .* got -1"),
+        ({"warmup_steps": INF}, ValueError, "warmup_steps must be finite .* got inf"),
+        ({"r_max": 0.5}, ValueError, "r_max must be >= 1, got 0.5"),
+        ({"r_max": math.nan}, ValueError, "r_max must be >= 1, got nan"),
+        ({"d_max": -0.1}, ValueError, "d_max must be >= 0, got -0.1"),
+        ({"d_max": math.nan}, ValueError, "d_max must be >= 0, got nan"),
+        ({"r_max_step": 4999}, ValueError, "r_max_step must be .* got 4999"),
+        ({"d_max_step": 4999}, ValueError, "d_max_step must be .* got 4999"),
+        ({"d_max_step": math.nan}, ValueError, "d_max_step must be .* got nan"),
+        ({"r_max": "3"}, TypeError, "r_max must be a number, got '3'"),
+        ({"d_max": torch.tensor(1.0)}, TypeError, "d_max must be a number"),
+        ({"warmup_steps": True}, TypeError, "warmup_steps must be a number"),
+    ],
+)
+def test_a_bad_schedule_names_its_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RenormSchedule(**arguments)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [RenormSchedule(), RenormSchedule.constant(INF, 0.0), RenormSchedule(0.5, 2, 1.5, 3, 4)],
+)
+def test_a_schedule_survives_its_tensor_and_its_repr(schedule):
+    tensor = schedule.as_tensor()
+    assert tensor.dtype == torch.float64 and tensor.shape == (5,)
+    assert RenormSchedule.from_tensor(tensor) == schedule
+    assert eval(repr(schedule), {"RenormSchedule": RenormSchedule, "inf": INF}) == schedule
+    assert repr(RenormSchedule.from_tensor(tensor)) == repr(schedule) or schedule != RenormSchedule()
+
+
+def test_from_tensor_refuses_what_is_no_schedule():
+    with pytest.raises(ValueError, match=r"schedule must have shape \(5,\), got \(4,\)"):
+        RenormSchedule.from_tensor(torch.zeros(4))
+    with pytest.raises(ValueError, match="r_max must be >= 1, got 0.0"):
+        RenormSchedule.from_tensor(torch.zeros(5))
+
+
+def test_a_schedule_is_a_value():
+    assert hash(RenormSchedule()) == hash(RenormSchedule(5000, 3.0, 40000, 5.0, 25000))
+    with pytest.raises(AttributeError):
+        RenormSchedule().r_max = 2.0
+
+
+@each_device()
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        RenormSchedule(3, 4.0, 13, 2.0, 8),
+        RenormSchedule(3, 4.0, 3, 2.0, 3),
+        RenormSchedule(3, INF, 13, INF, 8),
+        RenormSchedule.constant(1.0, 0.0),
+        RenormSchedule.constant(1.5, INF),
+    ],
+    ids=str,
+)
+def test_the_kernels_follow_the_same_schedule(schedule, device):
+    # Statistics so far off that both corrections reach their limits: y tells what the limits were.
+    x = torch.tensor([[-1.0], [1.0]], device=device) * 1e6 + 1e7
+    buffer = schedule.as_tensor(device)
+    for step in range(16):
+        counter = torch.tensor(step, device=device)
+        running = torch.zeros(1, device=device), torch.ones(1, device=device)
+        y = batch_renorm(
+            x, *running, None, None, True, 0.1, 0.0, num_batches_tracked=counter, schedule=buffer
+        )
+        r_max, d_max = schedule.limits_at(step)
+        r, d = min(1e6, r_max), min(1e7, d_max)
+        torch.testing.assert_close(y.flatten().cpu(), torch.tensor([d - r, d + r]), rtol=1e-6, atol=0)
+        assert counter.item() == step + 1

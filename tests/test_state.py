@@ -1,0 +1,314 @@
+"""What a layer keeps: state_dict, checkpoints of BatchNorm, copies, dtypes and devices."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from devices import each_device
+from torch import nn
+
+from batchrenorm_cuda import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormSchedule
+
+SCHEDULE = RenormSchedule(2, 2.0, 9, 3.0, 7)
+KEYS = ["weight", "bias", "running_mean", "running_std", "num_batches_tracked", "schedule"]
+
+
+def trained(layer=BatchRenorm1d, steps=4, **options):
+    torch.manual_seed(0)
+    module = layer(3, momentum=0.2, schedule=SCHEDULE, **options)
+    nn.init.normal_(module.weight)
+    shape = {BatchRenorm1d: (6, 3), BatchRenorm2d: (6, 3, 2, 2), BatchRenorm3d: (6, 3, 2, 2, 2)}
+    for step in range(steps):
+        module((torch.randn(shape[layer]) + step).to(module.weight.dtype))
+    return module
+
+
+def equal_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_state_dict():
+    module = trained()
+    assert list(module.state_dict()) == KEYS
+    other = BatchRenorm1d(3)
+    assert str(other.load_state_dict(module.state_dict())) == "<All keys matched successfully>"
+    assert equal_state(module, other)
+    assert f"schedule={SCHEDULE}" in repr(other)
+    other.reset_parameters()  # the schedule is settings, not progress
+    assert RenormSchedule.from_tensor(other.schedule) == SCHEDULE
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: torch.load(saved(m), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_are_whole_and_separate(copied):
+    module = trained()
+    other = copied(module)
+    assert equal_state(module, other) and repr(module) == repr(other)
+    x = torch.randn(6, 3)
+    assert torch.equal(module(x), other(x)) and equal_state(module, other)
+    other(x)
+    assert not equal_state(module, other)
+
+
+def saved(what):
+    file = io.BytesIO()
+    torch.save(what, file)
+    file.seek(0)
+    return file
+
+
+def test_state_dict_saves_with_weights_only():
+    module = trained()
+    other = BatchRenorm1d(3)
+    other.load_state_dict(torch.load(saved(module.state_dict()), weights_only=True))
+    assert equal_state(module, other)
+
+
+@each_device()
+def test_training_resumes_in_mid_schedule_with_the_same_bits(device):
+    def network():
+        torch.manual_seed(1)
+        layer = BatchRenorm2d(4, momentum=0.1, schedule=SCHEDULE)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Flatten(), nn.Linear(4 * 36, 2)).to(device)
+
+    def train(model, optimizer, steps):
+        losses = []
+        for step in steps:
+            torch.manual_seed(100 + step)
+            x = torch.randn(4, 3, 8, 8).to(device) * (1 + step)
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+        train(model, optimizer, range(5))
+        file = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        straight_on = train(model, optimizer, range(5, 12))
+
+        resumed = network()
+        optimizer = torch.optim.SGD(resumed.parameters(), 1e-3, momentum=0.9)
+        states = torch.load(file, weights_only=True)
+        resumed.load_state_dict(states["model"])
+        optimizer.load_state_dict(states["optimizer"])
+        assert train(resumed, optimizer, range(5, 12)) == straight_on
+        assert equal_state(model, resumed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (BatchRenorm1d, nn.BatchNorm1d, (6, 3)),
+        (BatchRenorm2d, nn.BatchNorm2d, (6, 3, 4, 4)),
+        (BatchRenorm3d, nn.BatchNorm3d, (6, 3, 2, 4, 4)),
+    ],
+)
+def test_a_batch_norm_loads_and_infers_the_same(layer, norm, shape, assign):
+    torch.manual_seed(0)
+    peer = norm(3, eps=1e-3)
+    nn.init.normal_(peer.weight), nn.init.normal_(peer.bias)
+    for _ in range(3):
+        peer(torch.randn(shape) * 3 + 2)
+    given = nn.Sequential(peer).state_dict()
+    before = {name: t.clone() for name, t in given.items()}
+    module = nn.Sequential(layer(3, eps=1e-3, schedule=SCHEDULE))
+    assert str(module.load_state_dict(given, assign=assign)) == "<All keys matched successfully>"
+    assert given.keys() == before.keys()
+    assert all(torch.equal(given[name], before[name]) for name in given)
+
+    layer = module[0]
+    torch.testing.assert_close(layer.running_std, (peer.running_var + 1e-3).sqrt())
+    assert layer.num_batches_tracked == 3 and layer.running_std.dtype == torch.float32
+    assert RenormSchedule.from_tensor(layer.schedule) == SCHEDULE
+    x = torch.randn(shape)
+    torch.testing.assert_close(module.eval()(x), peer.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_old_batch_norm_without_a_counter_loads():
+    state = nn.BatchNorm1d(3).state_dict()
+    del state["num_batches_tracked"]
+    module = BatchRenorm1d(3)
+    module.load_state_dict(state)
+    assert module.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_half_precision_checkpoints_load_into_float32_statistics(assign):
+    state = {name: t.half() if t.is_floating_point() else t for name, t in trained().state_dict().items()}
+    module = BatchRenorm1d(3)
+    module.load_state_dict(state, assign=assign)
+    assert module.running_mean.dtype == module.running_std.dtype == torch.float32
+    assert module.schedule.dtype == torch.float64
+    module(torch.randn(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("running_std", 0.0, r"norm.running_std must be finite and > 0, got 0.0 in 1 of 3 channels"),
+        ("running_std", -1.0, "norm.running_std must be .* got -1.0 in 1 of 3"),
+        ("running_std", math.nan, "norm.running_std must be .* got nan in 1 of 3"),
+        ("running_std", math.inf, "norm.running_std must be .* got inf in 1 of 3"),
+        ("running_mean", math.nan, "norm.running_mean must be finite, got nan in 1 of 3"),
+        ("schedule", 0.5, "norm.schedule: r_max must be >= 1, got 0.5"),
+        ("schedule", math.nan, "norm.schedule: r_max must be >= 1, got nan"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_poisoned_checkpoint_is_refused_whole(name, bad, message, strict):
+    model = nn.Sequential()
+    model.add_module("norm", trained())
+    before = copy.deepcopy(model)
+    state = copy.deepcopy(trained(steps=7).state_dict(prefix="norm."))
+    state[f"norm.{name}"][1] = bad
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, strict=strict)
+    assert equal_state(model, before) and repr(model) == repr(before)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_a_poisoned_batch_norm_is_refused_whole(bad):
+    module, peer = trained(), nn.BatchNorm1d(3)
+    before = copy.deepcopy(module)
+    peer.running_var[2] = bad
+    with pytest.raises(RuntimeError, match="running_var must be finite and >= 0, got"):
+        module.load_state_dict(peer.state_dict())
+    assert equal_state(module, before)
+
+
+def test_a_batch_norm_variance_of_zero_needs_eps():
+    peer = nn.BatchNorm1d(3)
+    peer.running_var[2] = 0
+    module = BatchRenorm1d(3)
+    module.load_state_dict(peer.state_dict())
+    torch.testing.assert_close(module.running_std[2].item(), 1e-5**0.5)
+    with pytest.raises(RuntimeError, match="running_std must be finite and > 0, got 0.0"):
+        BatchRenorm1d(3, eps=0.0).load_state_dict(peer.state_dict())
+
+
+def test_missing_and_unexpected_keys_are_reported_as_ever():
+    state = trained().state_dict()
+    del state["schedule"]
+    state["running_var"] = torch.ones(3)
+    with pytest.raises(RuntimeError) as raised:
+        BatchRenorm1d(3).load_state_dict(state)
+    assert 'Missing key(s) in state_dict: "schedule"' in str(raised.value)
+    assert 'Unexpected key(s) in state_dict: "running_var"' in str(raised.value)
+    with pytest.raises(RuntimeError, match="size mismatch for running_std"):
+        BatchRenorm1d(4).load_state_dict(trained().state_dict())
+
+
+CONVERSIONS = {
+    "half": (lambda m: m.half(), torch.float16, torch.float32),
+    "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16, torch.float32),
+    "to(half)": (lambda m: m.to(torch.half), torch.float16, torch.float32),
+    "to(cpu, half)": (lambda m: m.to("cpu", torch.half), torch.float16, torch.float32),
+    "to(like)": (lambda m: m.to(torch.ones(1).bfloat16()), torch.bfloat16, torch.float32),
+    "double": (lambda m: m.double(), torch.float64, torch.float64),
+    "half, double": (lambda m: m.half().double(), torch.float64, torch.float64),
+    "float": (lambda m: m.double().float(), torch.float32, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_statistics_stay_wide_and_whole_under_conversions(name):
+    convert, weight, statistics = CONVERSIONS[name]
+    module = trained()
+    # Not representable in less: a conversion there and back would show.
+    module.running_mean.fill_(1 / 3), module.running_std.fill_(1e6 / 3)
+    module.set_schedule(RenormSchedule(100_001, 3.0, 300_007, 5.0, 200_003))
+    before = {name: t.clone() for name, t in module.named_buffers()}
+    module = nn.Sequential(convert(module))[0]
+    assert module.weight.dtype == module.bias.dtype == weight
+    assert module.running_mean.dtype == module.running_std.dtype == statistics
+    assert module.schedule.dtype == torch.float64
+    assert module.num_batches_tracked.dtype == torch.int64
+    for name, t in module.named_buffers():
+        assert torch.equal(t, before[name].to(t.dtype))
+    y = module(torch.randn(6, 3).to(weight))
+    assert y.dtype == weight and module.num_batches_tracked == 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "statistics"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_dtype_of_the_constructor_and_the_default(dtype, statistics):
+    torch.set_default_dtype(dtype)
+    try:
+        default = BatchRenorm2d(3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for module in (default, BatchRenorm2d(3, dtype=dtype)):
+        assert module.weight.dtype == module.bias.dtype == dtype
+        assert module.running_mean.dtype == module.running_std.dtype == statistics
+        assert module.schedule.dtype == torch.float64
+        assert module(torch.randn(4, 3, 2, 2).to(dtype)).dtype == dtype
+
+
+def test_a_meta_module_becomes_real():
+    module = BatchRenorm1d(3, device="meta", schedule=SCHEDULE)
+    assert all(t.is_meta for t in module.state_dict().values())
+    module(torch.empty(6, 3, device="meta"))
+    module = module.to_empty(device="cpu")
+    module.schedule.fill_(math.nan)  # whatever to_empty left there
+    module.reset_parameters()
+    assert equal_state(module, BatchRenorm1d(3, schedule=SCHEDULE))
+
+    module = BatchRenorm1d(3, device="meta")
+    module.load_state_dict(trained().state_dict(), assign=True)
+    assert equal_state(module, trained()) and f"schedule={SCHEDULE}" in repr(module)
+
+
+def test_share_memory():
+    module = trained().share_memory()
+    assert all(t.is_shared() for t in module.state_dict().values())
+
+
+@pytest.mark.gpu
+def test_a_layer_moves_to_the_gpu_and_back():
+    module = trained()
+    there = copy.deepcopy(module).cuda()
+    assert all(t.is_cuda for t in there.state_dict().values())
+    assert equal_state(module, there.cpu())
+    half = copy.deepcopy(module).to("cuda", torch.half)
+    assert half.running_std.is_cuda and half.running_std.dtype == torch.float32
+    assert torch.equal(half.running_std.cpu(), module.running_std)
+
+
+@pytest.mark.gpu
+def test_setting_the_schedule_does_not_wait_for_the_gpu():
+    module = BatchRenorm1d(3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module.set_schedule(SCHEDULE)
+        module(torch.randn(6, 3, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert RenormSchedule.from_tensor(module.schedule) == SCHEDULE
