@@ -29,7 +29,7 @@ KERNELS = ["csrc/kernels/forward.cu", "csrc/kernels/backward.cu", "csrc/kernels/
 CUDA, NO_CUDA = ["csrc/binding/cuda.cpp", *KERNELS], ["csrc/binding/no_cuda.cpp"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 
-NINJA = """
+NINJA = """builddir = {out}
 cpp = {cxx} -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {flags}
 cu = {cuda}/bin/nvcc -ccbin {cxx} -std=c++17 -O3 -lineinfo {gencode} --threads {threads} $
       -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden
@@ -120,9 +120,9 @@ class Build(build_ext):
         if cuda:  # the static runtime: torch may have none, or another minor version
             libraries += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -ldl -lpthread"
         jobs, cxx = int(os.environ.get("MAX_JOBS") or os.cpu_count()), os.environ.get("CXX", "c++")
-        text = NINJA.format(cxx=cxx, flags=flags, libraries=libraries, cuda=cuda,
-                            gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
         out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}")
+        text = NINJA.format(out=out, cxx=cxx, flags=flags, libraries=libraries, cuda=cuda,
+                            gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
         about = f"-DBRN_VERSION={self.distribution.get_version()} -DBRN_TORCH={torch_version}"
         about += f" -DBRN_NVCC={nvcc} -DBRN_ARCHITECTURES={','.join(arches)}"
         sources = BINDING + CPU + (CUDA if cuda else NO_CUDA)

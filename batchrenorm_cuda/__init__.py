@@ -2,8 +2,9 @@
 
     from batchrenorm_cuda import BatchRenorm2d, RenormSchedule
 
-takes the place of torch.nn.BatchNorm2d. `functional.batch_renorm` is the layer without state, `reference.batch_renorm` the
-same in plain torch operations, and `python -m batchrenorm_cuda` checks an installation.
+takes the place of torch.nn.BatchNorm2d. `functional.batch_renorm` is the layer without state,
+`reference.batch_renorm` the same in plain torch operations, and `python -m batchrenorm_cuda` checks
+an installation.
 """
 
 from . import functional, reference

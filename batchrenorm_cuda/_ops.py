@@ -1,7 +1,8 @@
 """The registered operators, torch.ops.batchrenorm.*, and what they return when nothing is computed.
 
-csrc/binding/schema.cpp declares them. A fake kernel says the shapes, dtypes and strides of the outputs, for torch.compile,
-torch.export and meta tensors; it must agree with csrc/binding, and torch.library.opcheck holds the two together.
+csrc/binding/schema.cpp declares them. A fake kernel says the shapes, dtypes and strides of the
+outputs, for torch.compile, torch.export and meta tensors; it must agree with csrc/binding, and
+torch.library.opcheck holds the two together.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ try:
     from . import _C  # noqa: F401  registers the operators
 except ImportError as error:
     raise ImportError(
-        f"batchrenorm_cuda's compiled part does not load ({error}). Build it from the source tree, with the torch it is "
-        "to run with installed: pip install --no-build-isolation ."
+        f"the compiled part of batchrenorm_cuda does not load ({error}). Build it in the source "
+        "tree, where the torch that it is to run with is installed: "
+        "pip install --no-build-isolation ."
     ) from error
 
 forward = torch.ops.batchrenorm.forward.default
@@ -28,7 +30,8 @@ renormalize = torch.ops.batchrenorm.renormalize.default
 inference = torch.ops.batchrenorm.inference.default
 inference_backward = torch.ops.batchrenorm.inference_backward.default
 
-# What a repetition calls in place of forward. Selective checkpointing has not seen it the first time and would refuse it.
+# What a repetition calls in place of forward. Selective checkpointing has not seen it the first
+# time and would refuse it.
 torch.utils.checkpoint.SAC_IGNORED_OPS.add(renormalize)
 
 STAT_ROWS = 5  # pivot, mean - pivot, 1 / std, r, d
@@ -51,8 +54,9 @@ def _is_dense(x: Tensor, order: Iterable[int]) -> bool:
 
 
 def empty_as_formatted(x: Tensor) -> Tensor:
-    """An uninitialised tensor in the format that kernels read x in: its own if it is dense as [N][C][S] or as [N*S][C],
-    else the one of the two that is nearer. Dimensions of size 1 have no say."""
+    """An uninitialised tensor in the format that kernels read x in: its own if it is dense as
+    [N][C][S] or as [N*S][C], else the one of the two that is nearer. Dimensions of size 1 have no
+    say."""
     channels_last = [0, *range(2, x.dim()), 1]
     if x.numel() == 0 or _is_dense(x, range(x.dim())) or _is_dense(x, channels_last):
         return torch.empty_like(x)
@@ -66,7 +70,7 @@ def _check_devices(x: Tensor, *others: Tensor | None) -> None:
     """One meta tensor among real ones is enough to land here."""
     for t in others:
         if t is not None and t.device != x.device:
-            raise RuntimeError(f"all tensors must be on the device of x, {x.device}, got {t.device}")
+            raise RuntimeError(f"tensors must be on the device of x, {x.device}, got {t.device}")
 
 
 @torch.library.register_fake("batchrenorm::forward")

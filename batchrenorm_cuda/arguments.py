@@ -1,7 +1,9 @@
 """What batch_renorm refuses, and how it says so.
 
-The operators check as much, in C++, before they change anything, but can only raise RuntimeError. So this slower check runs
-after they have refused, to name the culprit, and ahead of them where they do not run: under torch.compile.
+The operators check as much, in C++, before they change anything, but can only raise RuntimeError.
+So this slower check runs
+after they have refused, to name the culprit, and ahead of them where they do not run: under
+    torch.compile.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def _require(t: Any, x: Tensor, name: str, length: int, dtypes: tuple) -> None:
     _require_tensor(t, name)
     if t.dim() != 1 or t.size(0) != length:
         raise ValueError(
-            f"{name} must have shape ({length},) for x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
+            f"{name} must have shape ({length},) for x of shape {tuple(x.shape)}, "
+            f"got {tuple(t.shape)}"
         )
     _require_beside(t, x, name, dtypes)
 
@@ -98,7 +101,7 @@ def check_arguments(
             _require(t, x, name, channels, (real,))
             if training and not t.is_contiguous():
                 raise ValueError(
-                    f"{name} must be contiguous, since it is updated in place, got stride {t.stride()}"
+                    f"{name} must be contiguous, as it is updated in place, got stride {t.stride()}"
                 )
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
@@ -108,7 +111,8 @@ def check_arguments(
         _require_tensor(num_batches_tracked, "num_batches_tracked")
         if num_batches_tracked.numel() != 1:
             raise ValueError(
-                f"num_batches_tracked must be one number, got shape {tuple(num_batches_tracked.shape)}"
+                "num_batches_tracked must be one number, "
+                f"got shape {tuple(num_batches_tracked.shape)}"
             )
         _require_beside(num_batches_tracked, x, "num_batches_tracked", (torch.int64,))
     if schedule is not None:

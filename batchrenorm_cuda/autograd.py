@@ -1,8 +1,9 @@
 """The operators as torch.autograd.Functions.
 
-Functions, because torch.library.register_autograd refuses operators that mutate. Two of a kind: `Training` and `Inference`
-in the plain style, which costs half as much per call in eager mode; `TransformableTraining` and `TransformableInference`
-for torch.func and forward mode, which need setup_context, a vmap rule and a jvp.
+Functions, because torch.library.register_autograd refuses operators that mutate. Two of a kind:
+`Training` and `Inference` in the plain style, which costs half as much per call in eager mode, and
+which torch.compile can trace; `TransformableTraining` and `TransformableInference` for torch.func
+and forward mode, which need setup_context, a vmap rule and a jvp.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def _needed(ctx: Any, gradients: Gradients) -> Gradients:
-    """Gradients of the first inputs, None for those that nobody asked for and for the inputs after them."""
+    """Gradients of the first inputs, None for those that nobody asked for and for the inputs after
+    them."""
     need = ctx.needs_input_grad
     found = [g if n else None for g, n in zip(gradients, need, strict=False)]
     return (*found, *[None] * (len(need) - len(found)))
@@ -30,9 +32,10 @@ def _needed(ctx: Any, gradients: Gradients) -> Gradients:
 class Training(Function):
     """A training step.
 
-    `step` is what the forward operator takes after weight and bias, as a tuple: autograd then looks at five arguments
-    instead of fourteen. With `known`, the stats of an earlier forward, that forward is repeated: statistics are not taken
-    again and nothing moves. `keep` is called with the stats.
+    `step` is what the forward operator takes after weight and bias, as a tuple: autograd then looks
+    at six arguments instead of fourteen. With `known`, the stats of an earlier forward, that
+    forward is repeated: statistics are not taken again and nothing moves. `keep` is called with the
+    stats.
     """
 
     @staticmethod
@@ -102,15 +105,15 @@ class Inference(Function):
         )
 
 
-# Function.apply without its wrapper in Python, which looks for torch.func transforms and costs 4 us: for callers that have
-# made sure that there are none.
+# Function.apply without its wrapper in Python, which costs 4 us to look for torch.func transforms:
+# for callers that have made sure that there are none.
 apply_training = super(Function, Training).apply
 apply_inference = super(Function, Inference).apply
 
 
 def _one_by_one(function: type[Function], info: Any, in_dims: tuple, args: tuple) -> tuple:
-    """A vmap rule: every member of the ensemble by itself. Its results are bitwise those of the member alone, and what is
-    updated in place is updated through a view of the stack."""
+    """A vmap rule: every member of the ensemble by itself. Its results are bitwise those of the
+    member alone, and what is updated in place is updated through a view of the stack."""
     members = [
         function.apply(
             *(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))
@@ -181,8 +184,9 @@ class TransformableTraining(Function):
         for index, name in _UPDATED.items():
             if args[index] is not None and in_dims[index] is None:
                 raise ValueError(
-                    f"{name} must be vmapped like the inputs, got one for all {info.batch_size} of them: it is updated in "
-                    "place. Stack one for each (torch.func.stack_module_state does), or normalise with training=False"
+                    f"{name} must be vmapped like the inputs, got one for all {info.batch_size} of "
+                    "them: it is updated in place. Stack one for each, as "
+                    "torch.func.stack_module_state does, or normalise with training=False"
                 )
         return _one_by_one(TransformableTraining, info, in_dims, args)
 

@@ -7,17 +7,18 @@ forward may run again, and read back where it does. They are written on the obje
 for that very purpose, its region; nothing is compared, no kernel is added, and nothing lives longer
 than the graph:
 
-* torch.utils.checkpoint with use_reentrant=False runs the forward under saved-tensor hooks that hold
-  a _CheckpointFrame, and runs it again under hooks that hold the same frame;
+* torch.utils.checkpoint with use_reentrant=False runs the forward under saved-tensor hooks that
+  hold a _CheckpointFrame, and runs it again under hooks that hold the same frame;
 * with use_reentrant=True, and in other checkpointing of that style, the forward runs inside the
   forward of an autograd.Function and again inside its backward, with the same ctx.
 
-A layer may be called several times in a region: its calls are repeated in order. Regions may nest: a
-forward is written on all those it is a first run of, also while it is a repetition for one further
-out.
+A layer may be called several times in a region: its calls are repeated in order. Regions may nest:
+a forward is written on all those that it is a first run in, also while it is a repetition in one
+further out.
 
 A training forward inside a backward pass that repeats nothing known here is a step like any other,
-as it has to be in a hook, but it warns, since it may be a repetition by checkpointing of another make.
+as it has to be in a hook, but it warns, since it may be a repetition by checkpointing of another
+make.
 
 Inside torch.compile none of this runs: what is recomputed there is decided by torch, which does not
 see that the statistics have moved in between. Checkpointing must then save the forward operator, by
@@ -58,7 +59,8 @@ class _Tape:
         self._layers.setdefault(id(layer), (layer, []))[1].append(stats)
 
     def read(self, layer: Tensor, run: Any) -> Tensor | None:
-        """The next stats of the layer in this repetition; None for a layer that was not here the first time."""
+        """The next stats of the layer in this repetition; None for a layer that was not here the
+        first time."""
         if run != self._run:
             self._run, self._read = run, {}
         if id(layer) not in self._layers:
@@ -67,8 +69,8 @@ class _Tape:
         position = self._read.get(id(layer), 0)
         if position == len(stats):
             raise RuntimeError(
-                f"activation checkpointing calls a BatchRenorm layer of {stats[0].size(1)} channels more often "
-                f"than the {len(stats)} times of the forward that it repeats"
+                f"activation checkpointing calls a BatchRenorm layer of {stats[0].size(1)} "
+                f"channels more often than the {len(stats)} times of the forward that it repeats"
             )
         self._read[id(layer)] = position + 1
         return stats[position]
@@ -79,7 +81,8 @@ def _tape(region: Any) -> _Tape:
 
 
 def _hooks() -> list[tuple[Callable, Callable]]:
-    """Saved-tensor hooks in force, outermost first. Only the top of their stack can be looked at."""
+    """Saved-tensor hooks in force, outermost first. Only the top of their stack can be looked
+    at."""
     found = []
     while (top := _top_hooks(True)) is not None:
         found.insert(0, top)
@@ -90,15 +93,17 @@ def _hooks() -> list[tuple[Callable, Callable]]:
 
 
 def _frame_regions() -> tuple[list[Any], list[tuple[Any, Any]]]:
-    """Frames of non-reentrant checkpointing: those that run for the first time, and (frame, run) of those that run again."""
+    """Frames of non-reentrant checkpointing: those that run for the first time, and (frame, run)
+    of those that run again."""
     first, again = [], []
     for pack, _ in _hooks():
-        for cell in getattr(inspect.unwrap(pack), "__closure__", None) or ():
-            held = cell.cell_contents
-            if isinstance(held, _Frame):
-                first.append(held)
-            elif isinstance(held, weakref.ref) and isinstance(held(), _Frame):
-                again.append((held(), pack))
+        function = inspect.unwrap(pack)
+        held = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+        for value in held.values():
+            if isinstance(value, _Frame):
+                first.append(value)
+            elif isinstance(value, weakref.ref) and isinstance(value(), _Frame):
+                again.append((value(), pack))
     return first, again
 
 
@@ -109,7 +114,7 @@ def _function_regions() -> list[Any]:
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
-            ctx = frame.f_locals["ctx"]
+            ctx = frame.f_locals.get("ctx")
             if isinstance(ctx, FunctionCtx):
                 first.append(ctx)
         frame = frame.f_back
@@ -124,55 +129,62 @@ def _policy_saves(args: tuple) -> bool:
         if isinstance(mode, checkpoint._CachingTorchDispatchMode):
             context = checkpoint.SelectiveCheckpointContext(is_recompute=False)
             policy = mode.policy_fn(context, torch.ops.batchrenorm.forward.default, *args)
-            must, prefer = checkpoint.CheckpointPolicy.MUST_SAVE, checkpoint.CheckpointPolicy.PREFER_SAVE
-            return policy is True or policy in (must, prefer)
+            saves = checkpoint.CheckpointPolicy.MUST_SAVE, checkpoint.CheckpointPolicy.PREFER_SAVE
+            return policy is True or policy in saves
         frame = frame.f_back
     return False
 
 
 def check_traced(*args: Any) -> None:
-    """Called while torch.compile traces the forward operator with these arguments, on statistics."""
+    """Called while torch.compile traces the forward operator with these arguments, on
+    statistics."""
     if TracingContext.try_get() is None:
         return
     frames, _ = _frame_regions()
     if (frames or _function_regions()) and not _policy_saves(args):
         raise RuntimeError(
-            "activation checkpointing and torch.compile together would repeat the forward of a BatchRenorm layer from "
-            "moving statistics that it has moved already. Compile around the checkpoint, not inside it, and have it save "
-            "what the layer computes: checkpoint(..., use_reentrant=False, context_fn=functools.partial("
+            "activation checkpointing and torch.compile together would repeat the forward of a "
+            "BatchRenorm layer from moving statistics that it has moved already. Compile around "
+            "the checkpoint, not inside it, and have it save what the layer computes: "
+            "checkpoint(..., use_reentrant=False, context_fn=functools.partial("
             "create_selective_checkpoint_contexts, [torch.ops.batchrenorm.forward.default]))"
         )
 
 
 def may_repeat() -> bool:
-    """Whether a training forward may run again in a backward pass, or is doing so now. 0.2 us; false in ordinary training."""
+    """Whether a training forward may run again in a backward pass, or is doing so now. Takes
+    0.2 us; false in ordinary training."""
     return not torch.is_grad_enabled() or _graph_task() != -1 or _top_hooks(False) is not None
 
 
 def warn_of_new_step() -> None:
     if _graph_task() != -1:
         warnings.warn(
-            "a training forward inside a backward pass counts as a new batch. If it is there to repeat an earlier "
-            "forward, gradients will be wrong: use torch.utils.checkpoint, whose repetitions are recognised",
+            "a training forward inside a backward pass counts as a new batch. If it is there to "
+            "repeat an earlier forward, gradients will be wrong: use torch.utils.checkpoint, whose "
+            "repetitions are recognised",
             stacklevel=2,
         )
 
 
 def repetition(layer: Tensor) -> tuple[Tensor | None, Callable[[Tensor], None] | None]:
-    """What a training forward of the layer that owns the tensor `layer` repeats, and where it is written down.
+    """What a training forward of the layer that owns the tensor `layer` repeats, and where it is
+    written down.
 
-    Returns the stats [5, C] to use, or None if this is a new step; and what to call with the stats that were used, or None.
+    Returns the stats [5, C] to use, or None if this is a new step; and what to call with the stats
+    that were used, or None.
     """
     first, again = _frame_regions()
     if not torch.is_grad_enabled():
         first += _function_regions()
     if not again and _graph_task() != -1:
-        # A node that only reads its inputs may set off the repetition of a frame: frames come first.
+        # A node that only reads its inputs may set off the repetition of a frame: frames come
+        # first.
         node = torch._C._current_autograd_node()
         if "_batchrenorm_tape" in getattr(node, "__dict__", ()):
             again = [(node, _graph_task())]
     known = None
-    for region, run in again:  # an outer region's repetition counts the calls of inner repetitions too
+    for region, run in again:  # those further out count the calls inside inner repetitions too
         known = _tape(region).read(layer, run)
     if known is None:
         warn_of_new_step()

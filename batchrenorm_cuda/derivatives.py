@@ -1,12 +1,16 @@
-"""What autograd needs beyond the two kernels, in differentiable torch operations: gradients of gradients, and forward mode.
+"""What autograd needs beyond the two kernels, in differentiable torch operations: gradients of
+gradients, and forward mode.
 
-With x_norm = (x - mean) / std the layer is y = weight * (x_norm * r + d) + bias, r and d constants. Write P for the
-projection onto the null space of 1 and x_norm, so that the Jacobian of x_norm is P / std (symmetric), and B(g, v) for the
-derivative of P(g) / std in the direction v of x (symmetric in g and v, and the Hessian of sum(g * x_norm)). Then
+With x_norm = (x - mean) / std the layer is y = weight * (x_norm * r + d) + bias, r and d constants.
+Write P for the projection onto the null space of 1 and x_norm, so that the Jacobian of x_norm is P
+/ std (symmetric), and B(g, v) for the derivative of P(g) / std in the direction v of x (symmetric
+in g and v, and the Hessian of sum(g * x_norm)). Then
 
-    dx = weight * r / std * P(dy)         dweight = sum(dy * (r * x_norm + d))         dbias = sum(dy)
+    dx = weight * r / std * P(dy)         dweight = sum(dy * (r * x_norm + d))         dbias =
+    sum(dy)
 
-and everything below follows by the product rule. In inference mean and std are constants: P is the identity and B is zero.
+and everything below follows by the product rule. In inference mean and std are constants: P is the
+    identity and B is zero.
 """
 
 from __future__ import annotations
@@ -73,7 +77,8 @@ class MovingStatistics:
 
 
 class Derivatives:
-    """The products that autograd asks for, at one point (x, weight) and, for those of the backward pass, one dy.
+    """The products that autograd asks for, at one point (x, weight) and, for those of the backward
+    pass, one dy.
 
     weight, r, d are [C]. Gradients come back in the dtype of what they belong to.
     """
@@ -88,7 +93,9 @@ class Derivatives:
     def per_channel(self, t: Tensor) -> Tensor:
         return t.sum(self.at.dims)
 
-    def tangent_of_y(self, tx: Tensor | None, tweight: Tensor | None, tbias: Tensor | None) -> Tensor:
+    def tangent_of_y(
+        self, tx: Tensor | None, tweight: Tensor | None, tbias: Tensor | None
+    ) -> Tensor:
         x_norm = self.at.x_norm
         ty = torch.zeros_like(x_norm)
         if tx is not None:

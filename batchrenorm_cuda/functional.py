@@ -47,34 +47,38 @@ def batch_renorm(
         running_mean += momentum * (mean - running_mean)
         running_std += momentum * (std - running_std)
 
-    and otherwise y = weight * (x - running_mean) / running_std + bias. Source: S. Ioffe, "Batch Renormalization: Towards
-    Reducing Minibatch Dependence in Batch-Normalized Models", NIPS 2017, Algorithm 1.
+    and otherwise y = weight * (x - running_mean) / running_std + bias. Source: S. Ioffe, "Batch
+    Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NIPS 2017,
+    Algorithm 1.
 
-    Positional arguments are in the order of torch.nn.functional.batch_norm. Statistics have shape [C], are float32 (float64
-    for a float64 x) and on the device of x.
+    Positional arguments are in the order of torch.nn.functional.batch_norm. Statistics have shape
+    [C], are float32 (float64 for a float64 x) and on the device of x.
 
     Args:
-        x: [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]; float32, float16, bfloat16 or float64; any strides.
-        running_mean, running_std: moving statistics, in units of x, updated in place in training. running_std averages
-            the standard deviation with eps in it. Both None: plain Batch Normalization by the batch (training only).
+        x: [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]; float32, float16, bfloat16 or
+            float64; any strides.
+        running_mean, running_std: moving statistics, in units of x, updated in place in training.
+            running_std averages the standard deviation with eps in it. Both None: plain Batch
+            Normalization by the batch (training only).
         weight, bias: [C], of the dtype of statistics or half precision. Either may be None.
         training: whether to normalise by the batch and learn from it.
-        momentum: weight of this batch in the moving averages, in [0, 1]. None: the cumulative average, which is a weight of
-            1 / (num_batches_tracked + 1).
+        momentum: weight of this batch in the moving averages, in [0, 1]. None: the cumulative
+            average, which is a weight of 1 / (num_batches_tracked + 1).
         eps: added to the variance, in units of x squared, >= 0.
         r_max, d_max: the limits, >= 1 and >= 0, infinity for none. A `schedule` replaces them.
         num_batches_tracked: int64, one element: the batches seen before. Incremented in training.
-        schedule: float64 [5], made by RenormSchedule.as_tensor. The limits are then those of step num_batches_tracked,
-            found on the device of x: nothing waits for the host.
-        skip_nonfinite: leave moving statistics and counter as they are for a batch with a NaN or inf anywhere.
+        schedule: float64 [5], made by RenormSchedule.as_tensor. The limits are then those of step
+            num_batches_tracked, found on the device of x: nothing waits for the host.
+        skip_nonfinite: leave moving statistics and counter as they are for a batch with a NaN or
+            inf anywhere.
 
     Returns:
-        y, of the shape and dtype of x, under autocast too. It is laid out in memory as x is, if x is contiguous or
-        channels-last. An empty batch gives an empty y and changes nothing.
+        y, of the shape and dtype of x, under autocast too. It is laid out in memory as x is, if x
+        is contiguous or channels-last. An empty batch gives an empty y and changes nothing.
 
     Raises:
-        ValueError, TypeError: naming the argument and what it got, before anything has changed. One value per channel is
-            refused in training.
+        ValueError, TypeError: naming the argument and what it got, before anything has changed. One
+            value per channel is refused in training.
     """
     step = (
         running_mean,
@@ -159,7 +163,8 @@ def _transformed(
     if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
         # torch gives zeros for the second tangent of any autograd.Function.
         raise NotImplementedError(
-            "batch_renorm does not have forward mode inside forward mode (jacfwd of jacfwd): take jacrev for one of the two"
+            "batch_renorm does not have forward mode inside forward mode (jacfwd of jacfwd): take "
+            "jacrev for one of the two"
         )
     if not training:
         return TransformableInference.apply(x, weight, bias, step[0], step[1])
@@ -173,12 +178,17 @@ def _traced(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, step: tuple
 ) -> Tensor:
     """Under torch.compile and torch.export."""
-    # torch.export, not strict: no gradients, so the operators themselves are the graph. Under Dynamo
-    # torch 2.11 takes is_exporting() for true whatever it is.
+    # torch.export, not strict: no gradients, so the operators themselves are the graph. Under
+    # Dynamo torch 2.11 takes is_exporting() for true whatever it is.
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         if not training:
             return _ops.inference(x, weight, bias, step[0], step[1])
         return _ops.forward(x, weight, bias, *step)[0]
+    if _transforms_are_active():
+        # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and would give zeros
+        # for the gradients of one without. Eager mode is right; with fullgraph this is an error.
+        torch._dynamo.graph_break("batch_renorm under torch.func inside torch.compile")
+        return _transformed(x, weight, bias, training, step)
     if not training:
         return Inference.apply(x, weight, bias, step[0], step[1])
     return Training.apply(x, weight, bias, step, None, None)

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import is_parametrized
 
 from .modules import _BatchRenorm
+from .swap import class_of
 
 Conv = TypeVar("Conv", bound=_ConvNd)
 Linear = TypeVar("Linear", bound=nn.Linear)
@@ -74,7 +75,7 @@ def _affine(norm: Any, layer: nn.Module, name: str, channels: int) -> tuple[Tens
             f"norm must have the {channels} channels of {name}'s output, got {norm.num_features}"
         )
     tensors = layer._parameters
-    if "weight" not in tensors and not parametrize.is_parametrized(layer, "weight"):
+    if "weight" not in tensors and not is_parametrized(layer, "weight"):
         raise ValueError(f"{name} must have a weight of its own, got one that a hook computes")
 
     mean, std = norm.running_mean.double(), norm.running_std.double()
@@ -92,9 +93,11 @@ def _with(layer: Any, weight: Tensor, bias: Tensor) -> Any:
     """A copy of a layer with other tensors."""
     old = layer.weight
     fused = copy.deepcopy(layer)
+    if is_parametrized(fused):
+        # Not remove_parametrizations: that edits the class, which the copy shares with its model.
+        del fused._modules["parametrizations"]
+        fused.__class__ = class_of(layer)
     for name, value in (("weight", weight), ("bias", bias)):
-        if parametrize.is_parametrized(fused, name):
-            parametrize.remove_parametrizations(fused, name)
         like = old if name == "weight" or layer.bias is None else layer.bias
         fused.register_parameter(name, nn.Parameter(value.to(old.dtype), like.requires_grad))
     return fused

@@ -1,4 +1,5 @@
-"""BatchRenorm1d, 2d, 3d: torch.nn.BatchNorm1d, 2d, 3d with renormalization. They hold state, nothing else."""
+"""BatchRenorm1d, 2d, 3d: torch.nn.BatchNorm1d, 2d, 3d with renormalization. They hold state,
+nothing else."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def _require_schedule(schedule: Any) -> None:
 class _BatchRenorm(nn.Module):
     """What the three have in common.
 
-    Not a subclass of torch's _BatchNorm: SyncBatchNorm.convert_sync_batchnorm would silently replace it by a layer that does
-    not renormalize.
+    Not a subclass of torch's _BatchNorm: SyncBatchNorm.convert_sync_batchnorm would silently
+    replace it by a layer that does not renormalize.
     """
 
     _version = 1
@@ -95,7 +96,8 @@ class _BatchRenorm(nn.Module):
             self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Everything as constructed (after to_empty() too), with the schedule last set or loaded."""
+        """Everything as constructed, after to_empty() too, but with the schedule that was set or
+        loaded last."""
         self.reset_running_stats()
         if self.track_running_stats:
             self.schedule.copy_(self._schedule.as_tensor())
@@ -107,8 +109,8 @@ class _BatchRenorm(nn.Module):
     def set_schedule(self, schedule: RenormSchedule) -> None:
         """Replaces the schedule. It goes on at the step that num_batches_tracked says.
 
-        The buffer is overwritten in place: compiled code is not recompiled, captured CUDA graphs see the change, and the host
-        does not wait for the device.
+        The buffer is overwritten in place: compiled code is not recompiled, captured CUDA graphs
+        see the change, and the host does not wait for the device.
         """
         _require_schedule(schedule)
         if self.schedule is None:
@@ -144,8 +146,8 @@ class _BatchRenorm(nn.Module):
 
     def extra_repr(self) -> str:
         text = (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}"
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
         )
         if self.affine and self.bias is None:
             text += ", bias=False"
@@ -156,8 +158,8 @@ class _BatchRenorm(nn.Module):
         return text
 
     def _apply(self, fn: Any, recurse: bool = True) -> _BatchRenorm:
-        """Conversions to half precision leave statistics float32 and the schedule float64: sums and step counts of a
-        training run do not fit in less."""
+        """Conversions to half precision leave statistics float32 and the schedule float64: sums and
+        step counts of a training run do not fit in less."""
 
         def kept_precise(t: Tensor) -> Tensor:
             moved = fn(t)
@@ -180,8 +182,8 @@ class _BatchRenorm(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Also takes the state of a BatchNorm. Refuses statistics and schedules that could not be used, and then loads
-        nothing into this layer."""
+        """Also takes the state of a BatchNorm. Refuses statistics and schedules that could not be
+        used, and then loads nothing into this layer."""
         schedule = self._schedule
         if self.track_running_stats:
             try:
@@ -195,13 +197,15 @@ class _BatchRenorm(nn.Module):
         self._schedule = schedule
 
     def _adopt(self, state_dict: dict[str, Any], prefix: str) -> RenormSchedule:
-        """Brings this layer's entries of a state_dict into its own form, in place. Returns the schedule in force after."""
+        """Brings this layer's entries of a state_dict into its own form, in place. Returns the
+        schedule in force after."""
 
         def refuse(name: str, t: Tensor, wanted: str, right: Tensor) -> None:
             if not t.is_meta and not bool(right.all()):
                 wrong = t.flatten()[~right.flatten()].tolist()
                 raise ValueError(
-                    f"{prefix}{name} must be {wanted}, got {wrong[0]} in {len(wrong)} of {t.numel()} channels"
+                    f"{prefix}{name} must be {wanted}, got {wrong[0]} in {len(wrong)} of "
+                    f"{t.numel()} channels"
                 )
 
         mean = state_dict.get(f"{prefix}running_mean")
@@ -233,43 +237,49 @@ class _BatchRenorm(nn.Module):
 class BatchRenorm1d(_BatchRenorm):
     """Batch Renormalization of [N, C] or [N, C, L], in the place of torch.nn.BatchNorm1d.
 
-    In training it normalises by the batch, as BatchNorm does, and then corrects the result towards what the moving
-    statistics would have given: y = weight * (x_norm * r + d) + bias. Training and inference then see the same function, also
-    where a batch has few examples, or dependent ones. In inference it is the affine map that BatchNorm is. Source: S. Ioffe,
-    "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NIPS 2017;
-    :func:`batchrenorm_cuda.functional.batch_renorm` has the formulae.
+    In training it normalises by the batch, as BatchNorm does, and then corrects the result towards
+    what the moving statistics would have given: y = weight * (x_norm * r + d) + bias. Training and
+    inference then see the same function, also where a batch has few examples, or dependent ones. In
+    inference it is the affine map that BatchNorm is.
+
+    Source: S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+    Batch-Normalized Models", NIPS 2017; :func:`batchrenorm_cuda.functional.batch_renorm` has the
+    formulae.
 
     Arguments and attributes are those of torch.nn.BatchNorm1d, and more.
 
     Args:
         num_features: channels C of the input.
         eps: added to the variance, in units of x squared.
-        momentum: weight of a new batch in the moving averages, in [0, 1]; the default is the paper's, a tenth of
-            BatchNorm's. None: the cumulative average.
+        momentum: weight of a new batch in the moving averages, in [0, 1]; the default is the
+            paper's, a tenth of BatchNorm's. None: the cumulative average.
         affine: whether there are a weight (starts at 1) and a bias (at 0) to learn.
-        track_running_stats: False: no moving statistics. The batch is normalised by its own, in inference too, and r = 1,
-            d = 0: plain Batch Normalization.
+        track_running_stats: False: no moving statistics. The batch is normalised by its own, in
+            inference too, and r = 1, d = 0: plain Batch Normalization.
         bias: False: a weight only.
         schedule: limits of r and d by number of batches seen.
         skip_nonfinite: let a batch with a NaN or inf anywhere move neither statistics nor counter.
-        device, dtype: of weight and bias. Statistics are float64 beside float64, else float32, and stay so under .half() and
-            .to(dtype).
+        device, dtype: of weight and bias. Statistics are float64 beside float64, else float32, and
+            stay so under .half() and .to(dtype).
 
     State:
         weight, bias: parameters [C].
-        running_mean, running_std: buffers [C], in units of x. running_std averages standard deviations, with eps in them.
+        running_mean, running_std: buffers [C], in units of x. running_std averages standard
+            deviations, with eps in them.
         num_batches_tracked: buffer, int64: training batches seen.
         schedule: buffer, float64 [5]: see :meth:`set_schedule` and RenormSchedule.
 
-    load_state_dict takes the state of a BatchNorm too: running_std = sqrt(running_var + eps), and the schedule stays as it
-    is. A running_std that is not positive is an error.
+    load_state_dict takes the state of a BatchNorm too: running_std = sqrt(running_var + eps), and
+    the schedule stays as it is. Statistics that are not finite, or a running_std that is not
+    positive, are an error.
 
     Shape:
         output as input, in shape, dtype and memory format.
 
     Raises:
-        ValueError, TypeError: naming the argument and what it got; from the constructor and from forward, which leaves the
-            state as it was. Training needs more than one value per channel, or none.
+        ValueError, TypeError: naming the argument and what it got; from the constructor and from
+            forward, which leaves the state as it was. Training needs more than one value per
+            channel, or none.
     """
 
     _dims = (2, 3)

@@ -1,9 +1,9 @@
 """Batch Renormalization in plain torch operations: the specification that the kernels are held to.
 
-Follows Algorithm 1 of the paper (Ioffe 2017) line by line, on any device and in any floating dtype; autograd makes the
-gradients, so they cannot share a mistake with the hand-written ones. For tests and for reading. It is not a fallback:
-torch.compile gives it wrong gradients, because the moving averages that r and d come from have moved by the time the
-backward pass recomputes them.
+Follows Algorithm 1 of the paper (Ioffe 2017) line by line, on any device and in any floating dtype;
+autograd makes the gradients, so they cannot share a mistake with the hand-written ones. For tests
+and for reading. It is not a fallback: torch.compile gives it wrong gradients, because the moving
+averages that r and d come from have moved by the time the backward pass recomputes them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def batch_renorm(
     schedule: Tensor | None = None,
     skip_nonfinite: bool = False,
 ) -> Tensor:
-    """Same arguments and meaning as :func:`batchrenorm_cuda.functional.batch_renorm`, without its checks.
+    """Same arguments and meaning as :func:`batchrenorm_cuda.functional.batch_renorm`, without its
+    checks.
 
     Arithmetic is in the dtype of x, and in float32 for half-precision x.
     """
@@ -60,9 +61,10 @@ def batch_renorm(
                 r_max, d_max = limits.limits_at(num_batches_tracked.item())
             has_scale = _has_scale(running_std)
             scale = torch.where(has_scale, running_std, 1)
-            r = torch.where(has_scale, (std.detach() / scale).clamp(1 / r_max, r_max), 1).to(std.dtype)
-            d = torch.where(has_scale, ((mean.detach() - running_mean) / scale).clamp(-d_max, d_max), 0)
-            d = d.to(mean.dtype)
+            r = (std.detach() / scale).clamp(1 / r_max, r_max)
+            d = ((mean.detach() - running_mean) / scale).clamp(-d_max, d_max)
+            r = torch.where(has_scale, r, 1).to(std.dtype)
+            d = torch.where(has_scale, d, 0).to(mean.dtype)
 
     with torch.no_grad():
         counts = x.isfinite().all() if skip_nonfinite else torch.ones((), dtype=torch.bool)

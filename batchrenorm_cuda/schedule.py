@@ -14,19 +14,21 @@ from torch import Tensor
 class RenormSchedule:
     """Limits of r and d as a function of the number of batches seen so far.
 
-    Until `warmup_steps` the layer is plain Batch Normalization (r = 1, d = 0). From there r_max grows in a straight line
-    from 1 to `r_max` at `r_max_step`, and d_max from 0 to `d_max` at `d_max_step`. The defaults are the paper's (Ioffe 2017,
-    section 4.1).
+    Until `warmup_steps` the layer is plain Batch Normalization (r = 1, d = 0). From there r_max
+    grows in a straight line from 1 to `r_max` at `r_max_step`, and d_max from 0 to `d_max` at
+    `d_max_step`. The defaults are the paper's (Ioffe 2017, section 4.1).
 
-    An end that equals `warmup_steps` makes a jump there. A limit may be infinite: no limit, from the first step after the
-    warm-up on. With both, `RenormSchedule(5000, math.inf, 5000, math.inf, 5000)` turns unlimited renormalization on at once.
+    An end that equals `warmup_steps` makes a jump there. A limit may be infinite: no limit, from
+    the first step after the warm-up on. With both, `RenormSchedule(5000, math.inf, 5000, math.inf,
+    5000)` turns unlimited renormalization on at once.
 
     Args:
         warmup_steps: batches of plain Batch Normalization, >= 0.
-        r_max: last limit of the scale correction, 1/r_max <= r <= r_max, >= 1. 1 turns the correction off.
+        r_max: last limit of the scale correction, 1/r_max <= r <= r_max, >= 1. 1 turns the
+            correction off.
         r_max_step: number of batches after which r_max is reached, >= warmup_steps.
-        d_max: last limit of the shift correction, |d| <= d_max in units of the moving standard deviation, >= 0. 0 turns
-            the correction off.
+        d_max: last limit of the shift correction, |d| <= d_max in units of the moving standard
+            deviation, >= 0. 0 turns the correction off.
         d_max_step: number of batches after which d_max is reached, >= warmup_steps.
 
     Raises:
@@ -63,7 +65,8 @@ class RenormSchedule:
         return cls(warmup_steps=0, r_max=r_max, r_max_step=0, d_max=d_max, d_max_step=0)
 
     def as_tensor(self, device: torch.device | str | None = None) -> Tensor:
-        """The five numbers, float64 [5], in the order of the fields: the layer's `schedule` buffer."""
+        """The five numbers, float64 [5], in the order of the fields: the layer's `schedule`
+        buffer."""
         return torch.tensor(astuple(self), dtype=torch.float64, device=device)
 
     @classmethod
@@ -80,8 +83,8 @@ class RenormSchedule:
     def limits_at(self, step: int) -> tuple[float, float]:
         """(r_max, d_max) for the batch that comes after `step` others.
 
-        The mirror, for people and for the reference, of what the kernels compute on the device (limits_at in
-        csrc/core/math.h).
+        The mirror, for people and for the reference, of what the kernels compute on the device
+        (limits_at in csrc/core/math.h).
         """
         r_max = _ramp(step, self.warmup_steps, self.r_max_step, 1.0, self.r_max)
         d_max = _ramp(step, self.warmup_steps, self.d_max_step, 0.0, self.d_max)

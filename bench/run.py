@@ -78,6 +78,8 @@ def _defaults(args: argparse.Namespace) -> torch.device:
     device = usable_device(args.device)
     cuda = device.type == "cuda"
     args.suite = args.suite or (["resnet50"] if cuda else ["cpu"])
+    if cuda and len(args.suite) > 1:  # as with --suite all
+        args.suite = [suite for suite in args.suite if suite != "cpu"]
     args.dtype = args.dtype or (
         ["float32", "float16", "bfloat16"] if cuda else ["float32", "bfloat16"]
     )

@@ -8,7 +8,7 @@ from batchrenorm_cuda import BatchRenorm2d, RenormSchedule
 from digits_regimes import Regime
 from torch import Tensor, nn
 
-WIDTHS = (8, 8, 12)
+WIDTHS = (16, 16, 8)
 STRIDES = (1, 2, 2)  # 8x8, 4x4, 2x2
 GROUP = 4  # channels of a GroupNorm group
 

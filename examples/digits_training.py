@@ -20,7 +20,7 @@ class Recipe:
     """What all runs share."""
 
     epochs: int = 12
-    learning_rate: float = 0.01  # of Adam at the first step; from there half a cosine to 0
+    learning_rate: float = 0.03  # of Adam at the first step; from there half a cosine to 0
     statistics: Statistics = field(default_factory=Statistics)
 
 

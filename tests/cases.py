@@ -1,25 +1,12 @@
-"""The parity harness's cases, for pytest: every case says why it exists, in
-batchrenorm_cuda/parity/cases.py."""
+"""The parity harness's cases, for pytest. Every case says why it exists, in
+batchrenorm_cuda/parity/cases.py.
+"""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from batchrenorm_cuda.parity.cases import CASES, FLOATS, Case
-from batchrenorm_cuda.parity.tensors import Tensors, make, statistic_dtype
-
-__all__ = [
-    "CASES",
-    "FLOATS",
-    "Case",
-    "Tensors",
-    "by_name",
-    "each_case",
-    "each_dtype",
-    "make",
-    "statistic_dtype",
-]
 
 
 def by_name(name: str) -> Case:
@@ -32,9 +19,3 @@ def each_case(cases=CASES, dtypes=FLOATS):
     pairs = [(case, dtype) for case in cases for dtype in dtypes if dtype in case.dtypes]
     ids = [f"{case}-{str(dtype).removeprefix('torch.')}" for case, dtype in pairs]
     return pytest.mark.parametrize(("case", "dtype"), pairs, ids=ids)
-
-
-def each_dtype(dtypes: tuple[torch.dtype, ...] = FLOATS):
-    return pytest.mark.parametrize(
-        "dtype", dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in dtypes]
-    )

@@ -69,7 +69,9 @@ def test_gradgradcheck(limits, training, device):
 def test_gradgradcheck_without_weight_or_bias(absent, training):
     layer = layer_of(training)
     x, weight, bias = inputs()
-    given = [x] + [t for name, t in (("weight", weight), ("bias", bias)) if absent not in (name, "both")]
+    given = [x] + [
+        t for name, t in (("weight", weight), ("bias", bias)) if absent not in (name, "both")
+    ]
 
     def call(x, *rest):
         weight = rest[0] if absent == "bias" else None
@@ -151,7 +153,9 @@ def test_transforms_agree_with_the_reference(training, device):
         }
         found.append(results)
     for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[0][name], found[1][name], msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @MODES
@@ -196,7 +200,9 @@ def test_transforms_move_the_statistics_as_a_plain_call_does(device):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_an_ensemble_is_its_members(training, device):
     torch.manual_seed(0)
-    members = [BatchRenorm1d(3, momentum=0.2, schedule=RenormSchedule(0, 3, 9, 5, 9)) for _ in range(4)]
+    members = [
+        BatchRenorm1d(3, momentum=0.2, schedule=RenormSchedule(0, 3, 9, 5, 9)) for _ in range(4)
+    ]
     for i, member in enumerate(members):
         member.to(device)(torch.randn(6, 3, device=device) + i)  # each with its own statistics
         member.num_batches_tracked.fill_(2 * i)  # and its own place in the schedule
@@ -272,9 +278,11 @@ def test_vmap_refuses_statistics_shared_by_an_ensemble(shared):
 @MODES
 def test_bad_arguments_are_named_under_transforms_too(training):
     with pytest.raises(ValueError, match=r"weight must have shape \(3,\)"):
-        func.grad(lambda x: batch_renorm(x, torch.zeros(3), torch.ones(3), torch.ones(2), None, training).sum())(
-            torch.ones(6, 3)
-        )
+        func.grad(
+            lambda x: batch_renorm(
+                x, torch.zeros(3), torch.ones(3), torch.ones(2), None, training
+            ).sum()
+        )(torch.ones(6, 3))
     if training:
         with pytest.raises(ValueError, match="more than one value per channel"):
             func.grad(lambda x: batch_renorm(x, None, None, training=True).sum())(torch.ones(1, 3))

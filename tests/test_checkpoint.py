@@ -229,11 +229,18 @@ def test_a_gradient_inside_a_region():
 @each_device()
 @pytest.mark.parametrize("kind", [REENTRANT, NOT], ids=["reentrant", "not reentrant"])
 def test_checkpoint_sequential(kind, device):
-    model, twin, (x, *_), (y, *_) = network(device), network(device), batches(device), batches(device)
+    model, twin, (x, *_), (y, *_) = (
+        network(device),
+        network(device),
+        batches(device),
+        batches(device),
+    )
     loss(checkpoint_sequential(model, 2, x, **kind)).backward()
     loss(twin(y)).backward()
     torch.testing.assert_close(x.grad, y.grad)
-    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(model.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", [REENTRANT, NOT], ids=["reentrant", "not reentrant"])
@@ -322,7 +329,9 @@ def test_a_new_forward_inside_a_backward_counts_and_warns(with_grad):
     with pytest.warns(UserWarning, match="inside a backward pass counts as a new batch"):
         y.sum().backward()
     twin(x)
-    torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(layer.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0
+    )
 
 
 def test_an_unknown_repetition_warns():

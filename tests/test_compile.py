@@ -57,7 +57,9 @@ def steps_of(model, call, shape, device, steps=3, dtype=torch.float32):
 @MODES
 def test_compiled_steps_are_eager_steps(training, backend, device):
     schedule = RenormSchedule(0, 2.0, 4, 3.0, 4)  # limits that move with every step
-    model = nn.Sequential(nn.Linear(5, 4), BatchRenorm1d(4, momentum=0.3, schedule=schedule), nn.ReLU())
+    model = nn.Sequential(
+        nn.Linear(5, 4), BatchRenorm1d(4, momentum=0.3, schedule=schedule), nn.ReLU()
+    )
     nn.init.normal_(model[1].weight)
     model.to(device).train(training)
     twin = copy.deepcopy(model)
@@ -112,7 +114,9 @@ def test_dynamic_shapes_compile_once(backend):
     for n in (5, 7, 8, 12):
         shape = (n, 4, n + 4, 2 * n + 9)
         found = steps_of(model, compiled, shape, "cpu", 1)
-        torch.testing.assert_close(found, steps_of(twin, twin, shape, "cpu", 1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found, steps_of(twin, twin, shape, "cpu", 1), rtol=1e-4, atol=1e-4
+        )
         frames = frames or counter.frame_count
     assert counter.frame_count == frames
 
@@ -239,7 +243,9 @@ def blocks():
     torch.manual_seed(0)
     schedule = RenormSchedule.constant(2.0, 1.0)
     layers = [BatchRenorm2d(4, momentum=0.3, schedule=schedule) for _ in range(2)]
-    return nn.Sequential(nn.Conv2d(3, 4, 3), layers[0], nn.ReLU(), nn.Conv2d(4, 4, 3), layers[1], nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), layers[0], nn.ReLU(), nn.Conv2d(4, 4, 3), layers[1], nn.ReLU()
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -251,13 +257,16 @@ def test_compiled_checkpointing_that_saves_the_layer_is_exact(backend):
 
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     found = steps_of(model, compiled, (4, 3, 8, 8), "cpu")
-    torch.testing.assert_close(found, steps_of(twin, twin, (4, 3, 8, 8), "cpu"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, steps_of(twin, twin, (4, 3, 8, 8), "cpu"), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("where", ["around", "inside"])
-def test_compiled_checkpointing_that_would_be_wrong_is_refused(where, backend):
-    model = blocks()
+def test_compiled_checkpointing_is_refused_or_right(where, backend):
+    """torch 2.11 happens to save what the layer computes when it compiles around a checkpoint."""
+    model, twin = blocks(), blocks()
     if where == "around":
         call = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend=backend)
     else:
@@ -266,6 +275,11 @@ def test_compiled_checkpointing_that_would_be_wrong_is_refused(where, backend):
         def call(x):
             return checkpoint(inner, x, use_reentrant=False)
 
-    with pytest.raises(Exception, match="statistics that it has moved already"):
-        call(torch.randn(4, 3, 8, 8, requires_grad=True))
-    assert model[1].num_batches_tracked == 0
+    try:
+        found = steps_of(model, call, (4, 3, 8, 8), "cpu")
+    except Exception as error:
+        assert "statistics that it has moved already" in str(error)
+        assert model[1].num_batches_tracked == 0
+    else:
+        want = steps_of(twin, twin, (4, 3, 8, 8), "cpu")
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import batchrenorm_cuda
+
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE_FOLDER = str(Path(batchrenorm_cuda.__file__).resolve().parent.parent)
 sys.path.insert(0, str(ROOT / "examples"))
 
 for package in ("sklearn", "matplotlib", "rich"):
@@ -357,7 +360,7 @@ def test_the_plot_takes_any_number_of_regimes(tmp_path):
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    environment = os.environ | {"PYTHONPATH": PACKAGE_FOLDER, "COLUMNS": "120"}
     command = [sys.executable, str(ROOT / "examples" / "digits.py"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

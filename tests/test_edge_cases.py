@@ -162,7 +162,9 @@ def test_wide_float16_inputs_keep_statistics_finite(std, device):
     module = BatchRenorm1d(4, momentum=1.0, device=device, dtype=torch.float16)
     x = (torch.randn(256, 4, device=device) * std).half()
     assert all(t.isfinite().all() for t in step(module, x))
-    torch.testing.assert_close(module.running_std, x.float().std(0, correction=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        module.running_std, x.float().std(0, correction=0), rtol=1e-5, atol=0
+    )
 
 
 # Memory layouts: test_functional and the parity harness have the rest
@@ -176,7 +178,11 @@ def test_misaligned_storage(offset, dtype, device):
     x, dy = torch.randn(2, 4, 3, 8, 8, device=device).to(dtype).unbind()
 
     def shifted(t):
-        return torch.empty(t.numel() + offset, dtype=dtype, device=device)[offset:].view(t.shape).copy_(t)
+        return (
+            torch.empty(t.numel() + offset, dtype=dtype, device=device)[offset:]
+            .view(t.shape)
+            .copy_(t)
+        )
 
     module, twin = (BatchRenorm2d(3, schedule=LATE, device=device) for _ in range(2))
     if dtype == torch.float64:
@@ -243,9 +249,7 @@ def test_a_large_mean_costs_nothing(mean, device):
     wide = x.double()
     std = (wide.var((0, 2), correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(module.running_std.double(), std, rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        module.running_mean.double(), wide.mean((0, 2)), rtol=2e-7, atol=0
-    )
+    torch.testing.assert_close(module.running_mean.double(), wide.mean((0, 2)), rtol=2e-7, atol=0)
     truth = reference.batch_renorm(
         wide,
         torch.full((2,), mean, dtype=torch.float64, device=device),

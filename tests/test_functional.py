@@ -118,8 +118,14 @@ def test_x_and_dy_may_be_expanded(training, device):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("wanted", range(8))
 def test_every_subset_of_inputs_gets_its_gradient(wanted, training, device):
-    x, weight, bias = (t.to(device) for t in (normal(5, 3, 2), normal(3, seed=1), normal(3, seed=2)))
-    mean, std, dy = normal(3, seed=3).to(device), normal(3, seed=4).exp().to(device), normal(5, 3, 2, seed=5)
+    x, weight, bias = (
+        t.to(device) for t in (normal(5, 3, 2), normal(3, seed=1), normal(3, seed=2))
+    )
+    mean, std, dy = (
+        normal(3, seed=3).to(device),
+        normal(3, seed=4).exp().to(device),
+        normal(5, 3, 2, seed=5),
+    )
     inputs = [t.requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate((x, weight, bias))]
     y = batch_renorm(x, mean.clone(), std.clone(), weight, bias, training)
     truth = reference.batch_renorm(x, mean.clone(), std.clone(), weight, bias, training)
@@ -128,7 +134,8 @@ def test_every_subset_of_inputs_gets_its_gradient(wanted, training, device):
     if wanted:
         asked = [t for t in inputs if t.requires_grad]
         torch.testing.assert_close(
-            torch.autograd.grad(y, asked, dy.to(device)), torch.autograd.grad(truth, asked, dy.to(device))
+            torch.autograd.grad(y, asked, dy.to(device)),
+            torch.autograd.grad(truth, asked, dy.to(device)),
         )
 
 
@@ -159,7 +166,9 @@ def test_weight_and_bias_may_each_be_absent(which, training, device):
 
 @each_device()
 def test_without_moving_statistics_it_is_batch_norm(device):
-    x, weight, bias = (t.to(device) for t in (normal(5, 3, 2), normal(3, seed=1), normal(3, seed=2)))
+    x, weight, bias = (
+        t.to(device) for t in (normal(5, 3, 2), normal(3, seed=1), normal(3, seed=2))
+    )
     y = batch_renorm(x, None, None, weight, bias, training=True)
     torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, weight, bias, True))
 
@@ -168,7 +177,9 @@ def test_without_moving_statistics_it_is_batch_norm(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_half_precision_weights_are_widened_and_get_their_gradients(dtype, x_dtype, training, device):
+def test_half_precision_weights_are_widened_and_get_their_gradients(
+    dtype, x_dtype, training, device
+):
     x, dy = normal(8, 3, 2).to(device, x_dtype), normal(8, 3, 2, seed=5).to(device, x_dtype)
     weight, bias = (normal(3, seed=i).to(device, dtype).requires_grad_() for i in (1, 2))
     mean, std = torch.zeros(3, device=device), torch.full((3,), 0.5, device=device)
@@ -231,7 +242,12 @@ def test_runs_are_bitwise_equal(device):
         mean, std = torch.zeros(33, device=device), torch.ones(33, device=device)
         weight = torch.ones(33, device=device, requires_grad=True)
         y = batch_renorm(leaf, mean, std, weight, None, True)
-        results = (y, mean, std, *torch.autograd.grad(y, (leaf, weight), dy.to(device, torch.float32)))
+        results = (
+            y,
+            mean,
+            std,
+            *torch.autograd.grad(y, (leaf, weight), dy.to(device, torch.float32)),
+        )
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
 
@@ -300,9 +316,21 @@ BAD = [
     ({"schedule": torch.zeros(5)}, TypeError, "schedule must be torch.float64 .*, got"),
     ({"schedule": RenormSchedule()}, TypeError, "schedule must be a Tensor, got RenormSchedule"),
     ({"num_batches_tracked": torch.zeros(2).long()}, ValueError, r"one number, got shape \(2,\)"),
-    ({"num_batches_tracked": torch.tensor(4.0)}, TypeError, "num_batches_tracked must be torch.int64"),
-    ({"num_batches_tracked": None}, ValueError, "num_batches_tracked must be given with a schedule"),
-    ({"num_batches_tracked": None, "schedule": None, "momentum": None}, ValueError, "momentum=None"),
+    (
+        {"num_batches_tracked": torch.tensor(4.0)},
+        TypeError,
+        "num_batches_tracked must be torch.int64",
+    ),
+    (
+        {"num_batches_tracked": None},
+        ValueError,
+        "num_batches_tracked must be given with a schedule",
+    ),
+    (
+        {"num_batches_tracked": None, "schedule": None, "momentum": None},
+        ValueError,
+        "momentum=None",
+    ),
     ({"momentum": -0.1}, ValueError, r"momentum must be in \[0, 1\].* got -0.1"),
     ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\].* got 1.5"),
     ({"momentum": NAN}, ValueError, r"momentum must be in \[0, 1\].* got nan"),

@@ -123,7 +123,9 @@ def test_without_tracking_it_normalises_by_the_batch_always(device):
             "d_max_step=25000))",
         ),
         (
-            BatchRenorm1d(4, 1e-3, None, bias=False, track_running_stats=False, skip_nonfinite=True),
+            BatchRenorm1d(
+                4, 1e-3, None, bias=False, track_running_stats=False, skip_nonfinite=True
+            ),
             "BatchRenorm1d(4, eps=0.001, momentum=None, affine=True, track_running_stats=False, "
             "bias=False, skip_nonfinite=True)",
         ),

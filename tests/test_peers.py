@@ -104,7 +104,9 @@ def test_7_a_mean_of_1e4_with_a_std_of_1(device):
     x = torch.randn(256, 4, device=device) + 1e4
     y = module(x)
     assert y.isfinite().all()
-    torch.testing.assert_close(y.std(0, correction=0), torch.ones(4, device=device), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        y.std(0, correction=0), torch.ones(4, device=device), rtol=1e-4, atol=0
+    )
     std = x.double().std(0, correction=0)
     torch.testing.assert_close(module.running_std.double(), std, rtol=1e-5, atol=0)
 

@@ -73,7 +73,9 @@ def test_a_schedule_survives_its_tensor_and_its_repr(schedule):
     assert tensor.dtype == torch.float64 and tensor.shape == (5,)
     assert RenormSchedule.from_tensor(tensor) == schedule
     assert eval(repr(schedule), {"RenormSchedule": RenormSchedule, "inf": INF}) == schedule
-    assert repr(RenormSchedule.from_tensor(tensor)) == repr(schedule) or schedule != RenormSchedule()
+    assert (
+        repr(RenormSchedule.from_tensor(tensor)) == repr(schedule) or schedule != RenormSchedule()
+    )
 
 
 def test_from_tensor_refuses_what_is_no_schedule():
@@ -113,5 +115,7 @@ def test_the_kernels_follow_the_same_schedule(schedule, device):
         )
         r_max, d_max = schedule.limits_at(step)
         r, d = min(1e6, r_max), min(1e7, d_max)
-        torch.testing.assert_close(y.flatten().cpu(), torch.tensor([d - r, d + r]), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            y.flatten().cpu(), torch.tensor([d - r, d + r]), rtol=1e-6, atol=0
+        )
         assert counter.item() == step + 1

@@ -82,7 +82,9 @@ def test_training_resumes_in_mid_schedule_with_the_same_bits(device):
     def network():
         torch.manual_seed(1)
         layer = BatchRenorm2d(4, momentum=0.1, schedule=SCHEDULE)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Flatten(), nn.Linear(4 * 36, 2)).to(device)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Flatten(), nn.Linear(4 * 36, 2)).to(
+            device
+        )
 
     def train(model, optimizer, steps):
         losses = []
@@ -155,7 +157,9 @@ def test_an_old_batch_norm_without_a_counter_loads():
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_half_precision_checkpoints_load_into_float32_statistics(assign):
-    state = {name: t.half() if t.is_floating_point() else t for name, t in trained().state_dict().items()}
+    state = {
+        name: t.half() if t.is_floating_point() else t for name, t in trained().state_dict().items()
+    }
     module = BatchRenorm1d(3)
     module.load_state_dict(state, assign=assign)
     assert module.running_mean.dtype == module.running_std.dtype == torch.float32
@@ -166,7 +170,11 @@ def test_half_precision_checkpoints_load_into_float32_statistics(assign):
 @pytest.mark.parametrize(
     ("name", "bad", "message"),
     [
-        ("running_std", 0.0, r"norm.running_std must be finite and > 0, got 0.0 in 1 of 3 channels"),
+        (
+            "running_std",
+            0.0,
+            r"norm.running_std must be finite and > 0, got 0.0 in 1 of 3 channels",
+        ),
         ("running_std", -1.0, "norm.running_std must be .* got -1.0 in 1 of 3"),
         ("running_std", math.nan, "norm.running_std must be .* got nan in 1 of 3"),
         ("running_std", math.inf, "norm.running_std must be .* got inf in 1 of 3"),

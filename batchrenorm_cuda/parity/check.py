@@ -43,7 +43,7 @@ def differing(first: compute.Results, second: compute.Results) -> list[str]:
 
 
 def judge(verdict: Verdict, found: compute.Results, case: Case, t: tensors.Tensors) -> None:
-    """Fills in the accuracy of each result. Where PyTorch refuses the case, only the ceiling holds."""
+    """Fills in the accuracies. Where PyTorch refuses the case, only the ceiling holds."""
     truth, scale = compute.by_float64(case, t), compute.scales(case, t)
     try:
         peer = compute.by_pytorch(case, t)

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../core/types.h"
+#include "require.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,24 +15,13 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
+#include <ostream>
 
 namespace brn::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// A RuntimeError in Python. Not STD_TORCH_CHECK, whose messages begin with a function name, a path
-// and a line.
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 // Printed only when a check fails.
 struct ShapeOf {
@@ -47,18 +37,12 @@ struct NameOf {
   ScalarType type;
   friend std::ostream& operator<<(std::ostream& os, NameOf n) {
     switch (n.type) {
-      case ScalarType::Float:
-        return os << "float32";
-      case ScalarType::Half:
-        return os << "float16";
-      case ScalarType::BFloat16:
-        return os << "bfloat16";
-      case ScalarType::Double:
-        return os << "float64";
-      case ScalarType::Long:
-        return os << "int64";
-      default:
-        return os << torch::headeronly::toString(n.type);
+      case ScalarType::Float: return os << "float32";
+      case ScalarType::Half: return os << "float16";
+      case ScalarType::BFloat16: return os << "bfloat16";
+      case ScalarType::Double: return os << "float64";
+      case ScalarType::Long: return os << "int64";
+      default: return os << torch::headeronly::toString(n.type);
     }
   }
 };
@@ -74,14 +58,10 @@ struct DeviceOf {
 
 inline DType dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Double: return DType::kFloat64;
     default:
       require(false, name, " must be float32, float16, bfloat16 or float64, got ",
               NameOf{x.scalar_type()});

@@ -67,12 +67,9 @@ struct LaunchPlan {
 
 Plan make_plan(Pass pass, const Problem& p, const Device& device) {
   switch (pass) {
-    case Pass::kForward:
-      return plan_forward(p, device);
-    case Pass::kBackward:
-      return plan_backward(p, device);
-    case Pass::kInference:
-      break;
+    case Pass::kForward: return plan_forward(p, device);
+    case Pass::kBackward: return plan_backward(p, device);
+    case Pass::kInference: break;
   }
   return plan_inference(p, device);
 }

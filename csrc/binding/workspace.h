@@ -14,7 +14,7 @@
 #pragma once
 
 #include "../core/plan.h"
-#include "checks.h"
+#include "require.h"
 
 #include <cuda_runtime.h>
 

@@ -193,10 +193,13 @@ constexpr double estimate(const Problem& p, const Plan& plan, const Device& devi
       last_wave;
 
   if (plan.team == 1 || pass == Pass::kInference) return kLaunch + kSlabLatency + stream;
+  // A block that waits leaves its SM to the other blocks there, if they belong to another team and
+  // have work: with one team, or one wave, nobody has.
   const double waves = static_cast<double>(plan.waves());
   const double cycle = stream / waves;
-  const double exposed =
-      kSlabLatency + kBarrier + cycle / blocks_per_sm(p.layout, size_of(p.dtype));
+  const bool alone = plan.teams == 1 || plan.waves() == 1;
+  const int overlap = alone ? 1 : blocks_per_sm(p.layout, size_of(p.dtype));
+  const double exposed = kSlabLatency + kBarrier + cycle / overlap;
   return kLaunch + waves * (cycle > exposed ? cycle : exposed);
 }
 
@@ -271,7 +274,6 @@ constexpr Plan plan_width(const Problem& p, const Device& device, Pass pass, int
     team = team < useful ? team : useful;
     if (team < 2) continue;
     plan.team = static_cast<int>(team);
-    plan.threads = kMaxThreads;
     const Plan candidate = cut(p, device, plan);
     const double time = estimate(p, candidate, device, pass);
     if (time < best_time) {

@@ -1,6 +1,6 @@
 // How blocks of one launch meet: the team barrier, the exchange of partial results, the ticket that
 // finds the last block. Nothing here is ever reset by a memset or by the host: every launch leaves
-// the control words as it found them, zero.
+// the control words ready for the next, all counts zero.
 #pragma once
 
 #include "../core/math.h"
@@ -37,8 +37,8 @@ __device__ __forceinline__ unsigned add_acq_rel(unsigned* p, unsigned value) {
 }
 
 // Waits until all `team` blocks have come. Together they add exactly 2^31: bit 31 flips when the
-// last one arrives and the lower bits are zero again, so the next use, of this launch or of any
-// other, starts from a clean count.
+// last one arrives, and the lower bits are zero again: the next use, of this launch or of any
+// other, with a team of any size, starts from a clean count and waits for the next flip.
 __device__ __forceinline__ void team_barrier(unsigned* line, int team, int rank) {
   constexpr unsigned kFlip = 0x80000000u;
   __syncthreads();

@@ -21,18 +21,15 @@ struct Variant {
 template <typename T, Layout kLayout, typename Run>
 cudaError_t dispatch_slot(int slot_bytes, Run run) {
   switch (slot_bytes) {
-    case 16:
-      return run(Variant<T, kLayout, 16>{});
-    case 8:
-      return run(Variant<T, kLayout, 8>{});
+    case 16: return run(Variant<T, kLayout, 16>{});
+    case 8: return run(Variant<T, kLayout, 8>{});
     case 4:
       if constexpr (sizeof(T) <= 4) return run(Variant<T, kLayout, 4>{});
       break;
     case 2:
       if constexpr (sizeof(T) <= 2) return run(Variant<T, kLayout, 2>{});
       break;
-    default:
-      break;
+    default: break;
   }
   return cudaErrorInvalidValue;
 }
@@ -40,14 +37,10 @@ cudaError_t dispatch_slot(int slot_bytes, Run run) {
 template <Layout kLayout, typename Run>
 cudaError_t dispatch_dtype(DType dtype, int slot_bytes, Run run) {
   switch (dtype) {
-    case DType::kFloat32:
-      return dispatch_slot<float, kLayout>(slot_bytes, run);
-    case DType::kFloat16:
-      return dispatch_slot<__half, kLayout>(slot_bytes, run);
-    case DType::kBFloat16:
-      return dispatch_slot<__nv_bfloat16, kLayout>(slot_bytes, run);
-    case DType::kFloat64:
-      return dispatch_slot<double, kLayout>(slot_bytes, run);
+    case DType::kFloat32: return dispatch_slot<float, kLayout>(slot_bytes, run);
+    case DType::kFloat16: return dispatch_slot<__half, kLayout>(slot_bytes, run);
+    case DType::kBFloat16: return dispatch_slot<__nv_bfloat16, kLayout>(slot_bytes, run);
+    case DType::kFloat64: return dispatch_slot<double, kLayout>(slot_bytes, run);
   }
   return cudaErrorInvalidValue;
 }

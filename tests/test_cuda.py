@@ -1,0 +1,187 @@
+"""What only a GPU can show of the CUDA binding: launches, streams, graphs, devices."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from batchrenorm_cuda import _C
+
+pytestmark = pytest.mark.gpu
+
+ops = torch.ops.batchrenorm
+
+# Lone blocks, and teams that meet at a barrier; test_the_shapes_are_what_they_are_for says so.
+LONE, TEAM = (16, 64, 8, 8), (64, 8, 56, 56)
+
+
+class Layer:
+    """State of a layer, and a training step both ways on it."""
+
+    def __init__(self, shape, seed=0):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        self.x = torch.randn(shape, device="cuda", generator=generator) * 3 + 1
+        self.dy = torch.randn(shape, device="cuda", generator=generator)
+        self.running_mean = torch.zeros(shape[1], device="cuda")
+        self.running_std = torch.ones(shape[1], device="cuda")
+        self.steps = torch.zeros((), dtype=torch.long, device="cuda")
+        self.schedule = torch.tensor([2, 3, 9, 5, 7], dtype=torch.float64, device="cuda")
+
+    def step(self):
+        y, stats = ops.forward(
+            self.x, None, None, self.running_mean, self.running_std, self.steps, self.schedule,
+            0.1, 1e-5, 1.0, 0.0, False,
+        )  # fmt: skip
+        return y, stats, *ops.backward(self.dy, self.x, None, stats)
+
+    def state(self):
+        return self.running_mean, self.running_std, self.steps
+
+
+def after(steps, shape, seed=0):
+    """Results and state after a number of eager steps on the current stream, alone on the GPU."""
+    layer = Layer(shape, seed)
+    for _ in range(steps):
+        results = layer.step()
+    torch.cuda.synchronize()
+    return [tensor.clone() for tensor in (*results, *layer.state())]
+
+
+def assert_same_bits(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_shapes_are_what_they_are_for():
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for shape, has_teams in ((LONE, False), (TEAM, True)):
+        for pass_ in ("forward", "backward"):
+            plan = _C.plan(pass_, shape[0], shape[1], shape[2] * shape[3], sm_count=sms)
+            assert (plan.team > 1) == has_teams
+
+
+@pytest.mark.parametrize("shape", [LONE, TEAM], ids=["lone blocks", "teams"])
+def test_one_kernel_each_way_and_nothing_else(shape):
+    layer = Layer(shape)
+    layer.step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        layer.step()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    names = [e.name for e in sorted(on_gpu, key=lambda e: e.time_range.start)]
+    assert len(names) == 2, names
+    assert "forward" in names[0] and "backward" in names[1]
+
+
+@pytest.mark.parametrize("shape", [LONE, TEAM], ids=["lone blocks", "teams"])
+def test_the_same_bits_on_every_run(shape):
+    expected = after(3, shape)
+    for _ in range(10):
+        assert_same_bits(after(3, shape), expected)
+
+
+def test_streams_do_not_disturb_each_other():
+    expected = [after(20, TEAM, seed) for seed in range(4)]
+    layers = [Layer(TEAM, seed) for seed in range(4)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    results = [None] * 4
+    for _ in range(20):
+        for index, (layer, stream) in enumerate(zip(layers, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                results[index] = layer.step()
+    torch.cuda.synchronize()
+    for result, layer, wanted in zip(results, layers, expected, strict=True):
+        assert_same_bits([*result, *layer.state()], wanted)
+
+
+@pytest.mark.parametrize("shape", [LONE, TEAM], ids=["lone blocks", "teams"])
+def test_a_graph_steps_on_and_does_not_disturb_eager_work(shape):
+    """The schedule and the counter live on the device: every replay is the next step."""
+    expected, eagerly_expected = after(20, shape, 0), after(20, shape, 1)
+    captured, eager = Layer(shape, 0), Layer(shape, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = captured.step()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(stream):
+            graph.replay()
+        eager_results = eager.step()
+    torch.cuda.synchronize()
+    assert captured.steps.item() == 20
+    assert_same_bits([*results, *captured.state()], expected)
+    assert_same_bits([*eager_results, *eager.state()], eagerly_expected)
+
+
+def test_two_graphs_do_not_disturb_each_other():
+    expected = [after(20, TEAM, seed) for seed in range(2)]
+    layers, graphs, results = [Layer(TEAM, seed) for seed in range(2)], [], []
+    for layer in layers:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            results.append(layer.step())
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for result, layer, wanted in zip(results, layers, expected, strict=True):
+        assert_same_bits([*result, *layer.state()], wanted)
+
+
+def test_the_first_call_of_a_process_may_be_captured():
+    """Memory for the barriers is then allocated while the capture is under way."""
+    program = """
+import torch, batchrenorm_cuda
+x = torch.randn(64, 8, 56, 56, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y, stats = torch.ops.batchrenorm.forward(x, *[None] * 6, 0.1, 1e-5, 1.0, 0.0, False)
+graph.replay()
+expected = torch.nn.functional.batch_norm(x, None, None, training=True)
+torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_waits_for_the_gpu():
+    layer = Layer(TEAM)
+    layer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = torch.randn(TEAM, device="cuda:1")
+    with torch.cuda.device(0):
+        y, stats = ops.forward(x, *[None] * 6, 0.1, 1e-5, 1.0, 0.0, False)
+        assert torch.cuda.current_device() == 0
+    assert y.device == stats.device == x.device
+    expected = torch.nn.functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_of_different_devices_are_refused():
+    x, column = torch.randn(4, 3, device="cuda"), torch.ones(3, device="cuda")
+    with pytest.raises(
+        RuntimeError, match="running_std must be on the device of x, cuda:0, got cpu"
+    ):
+        ops.inference(x, None, None, column, column.cpu())
+    with pytest.raises(RuntimeError, match="x must be on the device of the other tensors"):
+        ops.inference(x.cpu(), None, None, column, column)
