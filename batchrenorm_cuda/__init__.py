@@ -2,13 +2,17 @@
 
     from batchrenorm_cuda import BatchRenorm2d, RenormSchedule
 
-takes the place of torch.nn.BatchNorm2d. `functional.batch_renorm` is the layer without state,
+takes the place of torch.nn.BatchNorm2d; `convert(model)` does it for all of a model, and `fold(model)`
+makes BatchNorm of it again. `functional.batch_renorm` is the layer without state,
 `reference.batch_renorm` the same in plain torch operations, and `python -m batchrenorm_cuda` checks
 an installation.
 """
 
-from . import functional, reference
+from . import adopt, functional, reference
+from .convert import BatchRenormNd, convert, fold
 from .functional import batch_renorm
+from .fuse import fuse_conv_batch_renorm_eval, fuse_linear_batch_renorm_eval
+from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .schedule import RenormSchedule
 
@@ -18,8 +22,17 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "BatchRenormNd",
+    "LazyBatchRenorm1d",
+    "LazyBatchRenorm2d",
+    "LazyBatchRenorm3d",
     "RenormSchedule",
+    "adopt",
     "batch_renorm",
+    "convert",
+    "fold",
     "functional",
+    "fuse_conv_batch_renorm_eval",
+    "fuse_linear_batch_renorm_eval",
     "reference",
 ]

@@ -2,15 +2,14 @@
 gradients, and forward mode.
 
 With x_norm = (x - mean) / std the layer is y = weight * (x_norm * r + d) + bias, r and d constants.
-Write P for the projection onto the null space of 1 and x_norm, so that the Jacobian of x_norm is P
-/ std (symmetric), and B(g, v) for the derivative of P(g) / std in the direction v of x (symmetric
-in g and v, and the Hessian of sum(g * x_norm)). Then
+Write P for the projection onto the null space of 1 and x_norm: the Jacobian of x_norm is P / std, a
+symmetric matrix. Write B(g, v) for the derivative of P(g) / std in the direction v of x: symmetric
+in g and v, as it comes from the Hessian of sum(g * x_norm). Then
 
-    dx = weight * r / std * P(dy)         dweight = sum(dy * (r * x_norm + d))         dbias =
-    sum(dy)
+    dx = weight * r / std * P(dy)      dweight = sum(dy * (r * x_norm + d))      dbias = sum(dy)
 
 and everything below follows by the product rule. In inference mean and std are constants: P is the
-    identity and B is zero.
+identity and B is zero.
 """
 
 from __future__ import annotations

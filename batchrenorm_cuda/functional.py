@@ -185,10 +185,12 @@ def _traced(
             return _ops.inference(x, weight, bias, step[0], step[1])
         return _ops.forward(x, weight, bias, *step)[0]
     if _transforms_are_active():
-        # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and would give zeros
-        # for the gradients of one without. Eager mode is right; with fullgraph this is an error.
-        torch._dynamo.graph_break("batch_renorm under torch.func inside torch.compile")
-        return _transformed(x, weight, bias, training, step)
+        # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and gives wrong
+        # gradients for one without. It runs what raises here in eager mode, unless fullgraph=True.
+        raise NotImplementedError(
+            "batch_renorm under torch.func does not compile: compile inside the transform, as in "
+            "torch.func.grad(torch.compile(f)), or not at all"
+        )
     if not training:
         return Inference.apply(x, weight, bias, step[0], step[1])
     return Training.apply(x, weight, bias, step, None, None)

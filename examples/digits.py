@@ -1,17 +1,18 @@
 """Trains one small network on real images with BatchNorm, BatchRenorm, GroupNorm and LayerNorm.
 
-In the regimes where the paper (Ioffe 2017, sections 4.2 and 4.3) says that BatchNorm fails, micro-batches and
-non-i.i.d. batches, and in one where it does not, as a control. Prints a table and what follows from it, and draws the
-validation curves.
+In the regimes where the paper (Ioffe 2017, sections 4.2 and 4.3) says that BatchNorm fails,
+micro-batches and non-i.i.d. batches, and in one where it does not, as a control. Prints a table and
+what follows from it, and draws the validation curves.
 
-Nothing but the normalizer differs within a regime: the network, its initial weights, the batches, the optimizer, its
-learning rate and the weight of a step in the moving statistics are the same, the seeds are 0, 1, 2, ... and none is
-left out. The accuracy is that of eval mode, after the last epoch (not the best one).
+Nothing but the normalizer differs within a regime: network, initial weights, batches, optimizer and
+learning rate are the same, and so is the weight of a step in BatchNorm's and BatchRenorm's moving
+statistics. The seeds are 0, 1, 2, ... and none is left out. The accuracy is that of eval mode after the
+last epoch, not of the best one.
 
-How the shared numbers were chosen: learning rate and momentum of the statistics so that *BatchNorm* does best on the
-control, from the learning rates 0.001, 0.003, 0.01, 0.03 and the momenta 0.02, 0.05, 0.1; neither BatchRenorm nor the
-others had a say. BatchRenorm's limits move at the paper's fractions of the run. The width of the network (8, 8 and 12
-channels) was chosen to let the difference be seen: twice as wide, all four solve these small images in all regimes.
+How the shared numbers were chosen. The learning rate has the best mean accuracy of all four normalizers
+on the control, of 0.003, 0.01, 0.03 and 0.1. The momentum of the statistics, about the last 20 steps,
+was set once. BatchRenorm's limits move at the paper's fractions of the run. The last layer is narrow, 8
+channels, to let the difference be seen: LAST.
 """
 
 import argparse
@@ -163,9 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(caption, highlight=False, soft_wrap=True)
     started = time.monotonic()
     with _progress(console) as progress:
-        runs = chosen.seeds * len(chosen.norms)
+        epochs = chosen.seeds * len(chosen.norms) * chosen.epochs
         bars = {
-            regime: progress.add_task(f"{regime:8} {REGIMES[regime].title}", total=runs * chosen.epochs)
+            regime: progress.add_task(f"{regime:8} {REGIMES[regime].title}", total=epochs)
             for regime in chosen.regimes
         }
         curves = train_all(

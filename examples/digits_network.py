@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from batchrenorm_cuda import BatchRenorm2d, RenormSchedule
 from digits_regimes import Regime
 from torch import Tensor, nn
+
+from batchrenorm_cuda import BatchRenorm2d, RenormSchedule
 
 WIDTHS = (16, 16, 8)
 STRIDES = (1, 2, 2)  # 8x8, 4x4, 2x2

@@ -2,8 +2,8 @@
 
 Every step of every regime takes the gradient of 32 examples. In the micro-batch regimes they are
 normalized in groups of 4 or 2, as in section 4.2 of the paper: the normalizer sees few examples,
-the optimizer does not. In the non-i.i.d. regime (section 4.3) all 32 are normalized together, but come
-from few classes.
+the optimizer does not. In the non-i.i.d. regime (section 4.3) all 32 are normalized together, but
+come from few classes.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,14 @@
 """What the runs gave: a table, the conclusion that follows from its numbers, and a picture."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
+import numpy as np
 from digits_regimes import REGIMES
 from digits_training import Job
+from PIL import Image
 from rich.table import Table
 
 matplotlib.use("Agg")  # draws to a file; needs no display
@@ -21,6 +22,10 @@ STYLES = {
     "GroupNorm": {"color": "#009E73", "linestyle": (0, (4, 1.5))},
     "LayerNorm": {"color": "#B0679A", "linestyle": (0, (1, 1))},
 }
+
+
+TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5)
+MOST = 99.9  # the scale has no 100
 
 
 @dataclass(frozen=True)
@@ -154,14 +159,14 @@ def _advice(against_batch_norm: list[Comparison], others_better: bool) -> str:
         advice += "; where another normalizer is better, accuracy alone speaks for that one"
     return (
         f"{advice}. What BatchRenorm keeps of BatchNorm: it drops into its place, loads its "
-        "checkpoints, and at inference it is one multiplication and addition a channel, which folds "
-        "into the convolution before it and costs nothing. GroupNorm and LayerNorm take statistics "
-        "of every input."
+        "checkpoints, and at inference it is one multiplication and addition a channel, which "
+        "folds into the convolution before it and costs nothing. GroupNorm and LayerNorm take "
+        "statistics of every input."
     )
 
 
 def plot(results: Results, path: Path, caption: str) -> None:
-    """A panel a regime: the mean over seeds after each epoch, one standard deviation to each side."""
+    """A panel a regime: the mean over seeds after each epoch, a standard deviation to each side."""
     columns = min(2, len(results.regimes))
     rows = -(-len(results.regimes) // columns)
     figure, axes = plt.subplots(
@@ -172,19 +177,25 @@ def plot(results: Results, path: Path, caption: str) -> None:
         _panel(panel, results, regime)
     for panel in panels[len(results.regimes) :]:
         panel.remove()
-    bottom = _bottom(results)
+    panels[0].set_yscale("function", functions=(_stretched, _accuracy))  # shared by all
+    bottom, top = _limits(results)
+    panels[0].set_yticks([tick for tick in TICKS if bottom <= tick <= top])
+    panels[0].set_ylim(bottom, top)
     for panel, regime in zip(panels, results.regimes, strict=False):
-        panel.set_ylim(bottom, 100.5 if bottom > 50 else 101)
         _label_ends(panel, results, regime)
     for row in axes:
         row[0].set_ylabel("validation accuracy (%)")
+    caption += "\nLines: means over the seeds. Bands: one standard deviation. Errors on a logarithmic scale."
     figure.text(0.01, 0.008, caption, fontsize=7.5, color="#555555", va="bottom")
     figure.tight_layout(
         rect=(0, 0.02 + 0.02 * (caption.count("\n") + 1), 1, 1), w_pad=1.5, h_pad=1.5
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+    with Image.open(path) as picture:
+        few_colors = picture.convert("RGB").quantize(128)
+    few_colors.save(path, optimize=True)  # a third of the bytes
 
 
 def _panel(panel: plt.Axes, results: Results, regime: str) -> None:
@@ -208,10 +219,10 @@ def _panel(panel: plt.Axes, results: Results, regime: str) -> None:
 
 def _label_ends(panel: plt.Axes, results: Results, regime: str) -> None:
     """The names and last means at the ends of the curves, moved apart where they would overlap."""
-    low, high = panel.get_ylim()
-    apart = (high - low) * 0.072
+    low, high, apart = 0.02, 0.98, 0.075  # in heights of the panel
     ends = sorted((mean(results.last(regime, n)), n) for n in results.normalizers)
-    places = [max(end, low) for end, _ in ends]
+    bottom, top = (_stretched(limit) for limit in panel.get_ylim())
+    places = [max((_stretched(end) - bottom) / (top - bottom), low) for end, _ in ends]
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + apart)
     over = max(0.0, places[-1] - high)
@@ -222,7 +233,7 @@ def _label_ends(panel: plt.Axes, results: Results, regime: str) -> None:
         panel.annotate(
             f"{normalizer} {end:.1f}",
             (1.015, place),
-            xycoords=("axes fraction", "data"),
+            xycoords="axes fraction",
             color=STYLES[normalizer]["color"],
             fontsize=8.5,
             fontweight="bold" if normalizer == "BatchRenorm" else "normal",
@@ -231,15 +242,25 @@ def _label_ends(panel: plt.Axes, results: Results, regime: str) -> None:
         )
 
 
-def _bottom(results: Results) -> float:
-    """A multiple of 10 below every mean of the second half of the runs, where they differ."""
-    late: Iterable[float] = (
+def _stretched(accuracy: float | np.ndarray) -> float | np.ndarray:
+    """Accuracy in percent to a scale on which a tenth of the error is one unit up."""
+    return -np.log10(np.maximum(100 - np.asarray(accuracy), 100 - MOST))
+
+
+def _accuracy(stretched: float | np.ndarray) -> float | np.ndarray:
+    return 100 - 10 ** -np.asarray(stretched)
+
+
+def _limits(results: Results) -> tuple[float, float]:
+    """What the panels show: the second half of the runs, where they differ."""
+    late = [
         mean(values)
         for regime in results.regimes
         for normalizer in results.normalizers
         for values in _second_half(results.of(regime, normalizer))
-    )
-    return max(0, (min(late) // 10) * 10 - 10)
+    ]
+    bottom = max(0.0, (min(late) // 10) * 10 - 10)
+    return bottom, next((tick for tick in TICKS if tick > max(late)), MOST)
 
 
 def _second_half(curves: list[list[float]]) -> list[tuple[float, ...]]:

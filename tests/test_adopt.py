@@ -296,8 +296,8 @@ def test_a_whole_model_is_adopted_and_the_rest_of_it_stays(peer):
     close(model[1](rows()), loaded(adopted(make()))(rows()))
     assert state["0.weight"] is given["0.weight"]
     assert given.keys() == before.keys() and all(torch.equal(given[n], before[n]) for n in given)
-    model.train()(torch.ones(4, 3) * torch.arange(4).view(-1, 1))
-    assert all(torch.equal(given[n], before[n]) for n in given)
+    memory = {t.data_ptr() for name, t in given.items() if name.startswith("1.")}
+    assert not memory & {t.data_ptr() for name, t in state.items()}  # assign=True is harmless
 
 
 @pytest.mark.parametrize("peer", PEERS)

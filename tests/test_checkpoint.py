@@ -152,7 +152,7 @@ SCENARIOS = [
 
 
 def of_kinds(*kinds):
-    """Calls through checkpoints of these kinds in turn; those inside a region go on from its own."""
+    """Calls through checkpoints of these kinds in turn; inside a region, on from its own."""
     turns, inside = itertools.count(), []
 
     def call(f, x):

@@ -179,6 +179,34 @@ def test_export(strict, training):
     program.run_decompositions()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_and_transforms(backend):
+    """A transform around what is compiled is compiled. One inside is not, and must not be wrong."""
+    x, dy = torch.randn(2, 6, 3).unbind()
+
+    def loss(x, layer=batch_renorm):
+        state = torch.zeros(3), torch.ones(3)
+        return (layer(x, *state, training=True, r_max=1.5, d_max=0.3) * dy).sum()
+
+    want = torch.func.grad(functools.partial(loss, layer=reference.batch_renorm))(x)
+    found = torch.func.grad(torch.compile(loss, backend=backend))(x)
+    torch.testing.assert_close(found, want)
+    found = torch.compile(torch.func.grad(loss), backend=backend)(x)
+    torch.testing.assert_close(found, want)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="does not compile|Observed exception"):
+        torch.compile(torch.func.grad(loss), backend=backend, fullgraph=True)(x)
+
+    def ensemble(x, mean, std):
+        return torch.func.vmap(lambda *a: batch_renorm(*a, training=True))(x, mean, std)
+
+    members = torch.stack([x, 2 * x + 1])
+    states = [(torch.zeros(2, 3), torch.ones(2, 3)) for _ in range(2)]
+    found = torch.compile(ensemble, backend=backend)(members, *states[0])
+    torch.testing.assert_close(found, ensemble(members, *states[1]))
+    torch.testing.assert_close(*states)
+
+
 def sample(shape, dtype=torch.float32, form=torch.contiguous_format):
     torch.manual_seed(0)
     c = shape[1]

@@ -75,6 +75,7 @@ def test_a_parametrized_weight_is_fused_as_it_is():
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     fused = fuse_conv_batch_renorm_eval(conv, norm)
     close(fused(x), norm(conv(x)))
+    assert type(fused) is nn.Conv1d
     assert [name for name, _ in fused.named_parameters()] == ["bias", "weight"]
     assert hasattr(conv, "parametrizations")
 

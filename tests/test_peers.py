@@ -1,7 +1,6 @@
 """Defects of other implementations of Batch Renormalization, none of which may be one of this one.
 
-In the order of the survey that found them: torchrl, the four peers under checkpointing, sb3-contrib,
-sbx, avalanche, keras, ludvb, tf_keras.
+Each test says whose it was.
 """
 
 from __future__ import annotations
@@ -112,7 +111,8 @@ def test_7_a_mean_of_1e4_with_a_std_of_1(device):
 
 
 def test_8_statistics_are_state_and_limits_do_not_overshoot():
-    """avalanche: statistics are not in the state_dict; a fresh eval is not finite; limits overshoot."""
+    """avalanche: statistics are not in the state_dict, a fresh eval is not finite, limits
+    overshoot."""
     module = BatchRenorm2d(4)
     names = {"running_mean", "running_std", "num_batches_tracked", "schedule"}
     assert names <= set(module.state_dict())
