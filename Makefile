@@ -1,4 +1,4 @@
-# make demo    train on real images where BatchNorm fails, print the table, save the plot
+# make demo    train on real images where BatchNorm falls behind, print the table, save the plot
 # make test    every test that this machine can run, CUDA kernels included (under an emulator)
 # make lint    ruff and clang-format
 # make asan    the emulator's tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -6,7 +6,7 @@
 # make clean   removes what was built and .venv
 #
 # PYTHON=python3.12   the interpreter that .venv is made with, 3.10 or newer
-# TORCH=torch==2.15.0   another torch; "torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" works too
+# TORCH=torch==2.15.0   another torch, with options of pip if need be
 # DEMO_ARGS=--quick   options of examples/digits.py       PYTEST_ARGS='-k modules'   options of pytest
 # BATCHRENORM_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX   as setup.py says
 

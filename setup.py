@@ -81,10 +81,10 @@ def choose_toolkit(torch_version: str, torch_cuda: str | None) -> tuple[Path | N
     for root, version in toolkits:
         if torch_cuda is None or version.split(".")[0] == torch_cuda.split(".")[0]:
             return root, version, f"nvcc {version} in {root}"
-    index = f"https://download.pytorch.org/whl/cu{version.replace('.', '')}"
     sys.exit(f"error: torch {torch_version} is for CUDA {torch_cuda}, {root} is {version}. One of\n"
-             f"  pip install torch --index-url {index}\n  export BATCHRENORM_CUDA=0\n"
-             f"  export CUDA_HOME=...   # a toolkit {torch_cuda.split('.')[0]}.x")  # fmt: skip
+             f"  export CUDA_HOME=...         # a toolkit {torch_cuda.split('.')[0]}.x\n"
+             f"  export BATCHRENORM_CUDA=0    # CPU kernels alone\n"
+             f"or install a torch for CUDA {version} (pytorch.org, Get Started)")  # fmt: skip
 
 
 def choose_architectures(nvcc: Path) -> tuple[list[str], str]:
@@ -120,7 +120,7 @@ class Build(build_ext):
         if cuda:  # the static runtime: torch may have none, or another minor version
             libraries += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -ldl -lpthread"
         jobs, cxx = int(os.environ.get("MAX_JOBS") or os.cpu_count()), os.environ.get("CXX", "c++")
-        out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}")
+        out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}-{nvcc or 'cpu'}")
         text = NINJA.format(out=out, cxx=cxx, flags=flags, libraries=libraries, cuda=cuda,
                             gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
         about = f"-DBRN_VERSION={self.distribution.get_version()} -DBRN_TORCH={torch_version}"

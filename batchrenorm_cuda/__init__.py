@@ -2,7 +2,7 @@
 
     from batchrenorm_cuda import BatchRenorm2d, RenormSchedule
 
-takes the place of torch.nn.BatchNorm2d; `convert(model)` does it for all of a model, and `fold(model)`
+takes the place of torch.nn.BatchNorm2d; `convert(model)` does so for all of a model, `fold(model)`
 makes BatchNorm of it again. `functional.batch_renorm` is the layer without state,
 `reference.batch_renorm` the same in plain torch operations, and `python -m batchrenorm_cuda` checks
 an installation.

@@ -6,13 +6,21 @@ what follows from it, and draws the validation curves.
 
 Nothing but the normalizer differs within a regime: network, initial weights, batches, optimizer and
 learning rate are the same, and so is the weight of a step in BatchNorm's and BatchRenorm's moving
-statistics. The seeds are 0, 1, 2, ... and none is left out. The accuracy is that of eval mode after the
-last epoch, not of the best one.
+statistics. The seeds are 0, 1, 2, ... and none is left out. The accuracy is that of eval mode after
+the last epoch, not of the best one.
 
-How the shared numbers were chosen. The learning rate has the best mean accuracy of all four normalizers
-on the control, of 0.003, 0.01, 0.03 and 0.1. The momentum of the statistics, about the last 20 steps,
-was set once. BatchRenorm's limits move at the paper's fractions of the run. The last layer is narrow, 8
-channels, to let the difference be seen: LAST.
+How the shared numbers were chosen, and how much hangs on them:
+  * The learning rate has the best mean accuracy of all four normalizers on the control, of 0.003,
+    0.01, 0.03 and 0.1. At 0.01 BatchRenorm's lead in micro2 is within the spread, and GroupNorm and
+    LayerNorm lose less in non-iid. At 0.1 those two fall to 87 % and 77 % on the control.
+  * The network, Adam and the momentum of the statistics (about the last 20 steps) are what is left
+    of some twenty small networks, tried with SGD and Adam, for the difference to be seen. It needs
+    the narrow last layer of 8 channels: with 32, BatchNorm loses nothing to BatchRenorm in micro2,
+    and about 1 point instead of 8 in non-iid.
+  * BatchRenorm's limits move at the paper's fractions of the run, not searched.
+  * All of this was settled on seeds 0 to 4 and these validation images. Seeds 5 to 14, run once
+    afterwards: BatchRenorm ahead of BatchNorm by 1.0 point in micro2 (spread 0.7) and by 4.5 in
+    non-iid (spread 1.5).
 """
 
 import argparse
@@ -36,6 +44,8 @@ except ModuleNotFoundError as error:
         f"error: the demo needs {package}: run `make demo`, which installs everything, "
         f"or `pip install --no-build-isolation {install}`"
     )
+except ImportError as error:  # batchrenorm_cuda without its compiled part says what to do
+    sys.exit(f"error: {error}")
 
 BUILD = Path(__file__).resolve().parent.parent / "build"  # not tracked by git
 
@@ -47,7 +57,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--quick",
         action="store_true",
-        help="2 seeds and 3 epochs: shows that it runs, proves little",
+        help="2 seeds and 2 epochs: shows that it runs, proves little",
     )
     add(
         "--data",
@@ -124,7 +134,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     )
     chosen = parser.parse_args(arguments)
     chosen.seeds = chosen.seeds or (2 if chosen.quick else 5)
-    chosen.epochs = chosen.epochs or (3 if chosen.quick else recipe.epochs)
+    chosen.epochs = chosen.epochs or (2 if chosen.quick else recipe.epochs)
     return chosen
 
 

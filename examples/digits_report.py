@@ -141,6 +141,14 @@ def conclusion(results: Results) -> list[str]:
             f"Nowhere is {' or '.join(others)} better than BatchRenorm by more than the spread."
         )
 
+    if others and len({REGIMES[regime].classes for regime in results.regimes}) < len(
+        results.regimes
+    ):
+        same = [regime for regime in results.regimes if not REGIMES[regime].classes]
+        lines.append(
+            f"{' and '.join(others)} do not see the batch: {', '.join(same)} are the same to them."
+        )
+
     if against_batch_norm:
         lines.append(_advice(against_batch_norm, bool(better)))
     if len(results.last(results.regimes[0], "BatchRenorm")) == 1:
@@ -185,7 +193,9 @@ def plot(results: Results, path: Path, caption: str) -> None:
         _label_ends(panel, results, regime)
     for row in axes:
         row[0].set_ylabel("validation accuracy (%)")
-    caption += "\nLines: means over the seeds. Bands: one standard deviation. Errors on a logarithmic scale."
+    caption += (
+        "\nLines: means over the seeds. Bands: one standard deviation. Errors on a log scale."
+    )
     figure.text(0.01, 0.008, caption, fontsize=7.5, color="#555555", va="bottom")
     figure.tight_layout(
         rect=(0, 0.02 + 0.02 * (caption.count("\n") + 1), 1, 1), w_pad=1.5, h_pad=1.5

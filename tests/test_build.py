@@ -128,7 +128,7 @@ def test_a_toolkit_of_another_major_says_what_to_run(setup_py, monkeypatch, tmp_
         setup_py.choose_toolkit("2.13.0+cu130", "13.0")
     message = str(stopped.value)
     assert "torch 2.13.0+cu130 is for CUDA 13.0, /opt/cuda is 12.9" in message
-    assert "whl/cu129" in message
+    assert "a torch for CUDA 12.9" in message
     assert "BATCHRENORM_CUDA=0" in message
     assert "a toolkit 13.x" in message
 
@@ -230,8 +230,8 @@ def test_an_installed_package_is_complete(checkout, tmp_path):
 @pytest.mark.skipif(not _C.build_info()["cuda"], reason="needs a build with CUDA kernels")
 def test_kernels_are_compiled_again_when_a_header_changes():
     """nvcc's dependencies are known to ninja."""
-    torch_version = _C.build_info()["torch"]
-    folder = f"build/{sys.implementation.cache_tag}-torch-{torch_version}"
+    info = _C.build_info()
+    folder = f"build/{sys.implementation.cache_tag}-torch-{info['torch']}-{info['nvcc']}"
     if not (ROOT / folder / "build.ninja").exists():
         pytest.skip("was not built in this checkout")
     ninja = [sys.executable, "-m", "ninja", "-f", f"{folder}/build.ninja", "-t", "deps"]

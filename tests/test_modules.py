@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from devices import each_device
 from torch import nn
 
@@ -232,6 +233,22 @@ def test_sync_batch_norm_does_not_swallow_the_layer():
     model = nn.Sequential(BatchRenorm2d(4), nn.BatchNorm2d(4))
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert [type(m) for m in converted] == [BatchRenorm2d, nn.SyncBatchNorm]
+
+
+def test_a_parametrized_weight():
+    class Exponential(nn.Module):
+        def forward(self, weight):
+            return weight.exp()
+
+    module, plain = BatchRenorm1d(3), BatchRenorm1d(3)
+    nn.utils.parametrize.register_parametrization(module, "weight", Exponential())
+    with torch.no_grad():
+        plain.weight.copy_(module.weight)
+    x = torch.randn(6, 3)
+    y = module(x)
+    torch.testing.assert_close(y, plain(x))
+    y.square().sum().backward()
+    assert module.parametrizations.weight.original.grad.abs().min() > 0
 
 
 def test_functional_call_replaces_parameters_and_buffers():

@@ -54,6 +54,7 @@ def test_limits_may_jump_and_be_infinite():
         ({"r_max_step": 4999}, ValueError, "r_max_step must be .* got 4999"),
         ({"d_max_step": 4999}, ValueError, "d_max_step must be .* got 4999"),
         ({"d_max_step": math.nan}, ValueError, "d_max_step must be .* got nan"),
+        ({"r_max_step": INF}, ValueError, "r_max_step must be finite .* got inf"),
         ({"r_max": "3"}, TypeError, "r_max must be a number, got '3'"),
         ({"d_max": torch.tensor(1.0)}, TypeError, "d_max must be a number"),
         ({"warmup_steps": True}, TypeError, "warmup_steps must be a number"),

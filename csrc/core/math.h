@@ -92,11 +92,18 @@ BRN_HD Real clamp(Real x, Real lo, Real hi) {
   return x < lo ? lo : (x > hi ? hi : x);
 }
 
-// A channel that has never varied (std = 0, which needs eps = 0) has no scale to divide by: its x -
-// mean is 0 anyway.
+// Whether 1 / std is finite. Only a channel that never varies is without a scale, and only with
+// eps = 0; its x - mean is 0 then. NaN is a scale: it has to show.
+template <typename Real>
+BRN_HD bool has_scale(Real std) {
+  constexpr double kSmallestNormal =
+      sizeof(Real) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
+  return !(std < static_cast<Real>(kSmallestNormal));
+}
+
 template <typename Real>
 BRN_HD Real reciprocal(Real std) {
-  return std == Real(0) ? Real(0) : Real(1) / std;
+  return has_scale(std) ? Real(1) / std : Real(0);
 }
 
 template <typename Real>
@@ -133,8 +140,7 @@ BRN_HD Real batch_std(Moments<Real> m, Real epsilon) {
 // differentiation.
 template <typename Real>
 BRN_HD Renorm<Real> renorm(Real mean_minus_running, Real std, Real running_std, Limits<Real> l) {
-  if (running_std == Real(0))
-    return {Real(1), Real(0)};  // no scale to correct towards: see reciprocal()
+  if (!has_scale(running_std)) return {Real(1), Real(0)};  // nothing to correct towards
   return {clamp(std / running_std, Real(1) / l.r_max, l.r_max),
           clamp(mean_minus_running / running_std, -l.d_max, l.d_max)};
 }

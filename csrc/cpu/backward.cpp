@@ -24,22 +24,24 @@ struct Backward {
   const T* dy() const { return static_cast<const T*>(params.dy); }
   // The error of an infinite sum is NaN.
   static double exact(Real sum, Real error) {
-    return error == error ? static_cast<double>(sum) + static_cast<double>(error) : static_cast<double>(sum);
+    return error == error ? static_cast<double>(sum) + static_cast<double>(error)
+                          : static_cast<double>(sum);
   }
 
   bool training() const { return params.stats != nullptr; }
 
-  ChannelStats<Real> stats_of(std::int64_t c) const {
-    return training() ? load_stats<Real>(params.stats, problem.channels, c)
-                      : inference_stats(load_running<Real>(params.running_mean, params.running_std, c));
+  StatsChunk<Real> stats_of(std::int64_t c, std::int64_t n) const {
+    return training() ? StatsChunk<Real>::load(at<Real>(params.stats, c), problem.channels, n)
+                      : StatsChunk<Real>::of_running(at<Real>(params.running_mean, c),
+                                                     at<Real>(params.running_std, c), n);
   }
 
   void begin(const Part& slab, const Table<Real>& facts) const {
-    for (std::int64_t w = 0; w < slab.width; ++w) {
-      const ChannelStats<Real> stats = stats_of(slab.channel + w);
-      facts[kPivot][w] = stats.pivot;
-      facts[kOffset][w] = stats.offset;
-    }
+    for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
+      const StatsChunk<Real> stats = stats_of(slab.channel + w, n);
+      stats.pivot.store(facts[kPivot] + w, n);
+      stats.offset.store(facts[kOffset] + w, n);
+    });
   }
 
   void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& sums) const {
@@ -51,7 +53,8 @@ struct Backward {
     for (const Row row : {kG, kGx}) {
       const Row error = static_cast<Row>(row + 1);
       for (std::int64_t w = 0; w < part.width; ++w) {
-        const double both = exact(total[row][w], total[error][w]) + exact(sums[row][w], sums[error][w]);
+        const double both =
+            exact(total[row][w], total[error][w]) + exact(sums[row][w], sums[error][w]);
         total[row][w] = static_cast<Real>(both);
         total[error][w] = static_cast<Real>(both - static_cast<double>(total[row][w]));
       }
@@ -59,24 +62,38 @@ struct Backward {
   }
 
   void finish(const Part& slab, const Table<Real>& total, const Table<Real>& facts) const {
-    for (std::int64_t w = 0; w < slab.width; ++w) {
+    using Values = Chunk<Real>;
+    const Real count = static_cast<Real>(problem.reduced());
+    for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
       const std::int64_t c = slab.channel + w;
-      const Sums<Real> sums{static_cast<Real>(exact(total[kG][w], total[kGError][w])),
-                            static_cast<Real>(exact(total[kGx][w], total[kGxError][w]))};
-      const ChannelStats<Real> stats = stats_of(c);
-      static_cast<Real*>(params.dweight)[c] = weight_gradient(sums, stats);
-      static_cast<Real*>(params.dbias)[c] = sums.g;
-      const Projection<Real> projected = projection(sums, static_cast<Real>(problem.reduced()), stats,
-                                                    value_or(params.weight, c, Real(1)), training());
-      facts[kMeanG][w] = projected.mean_g;
-      facts[kSlope][w] = projected.slope;
-      facts[kScale][w] = projected.scale;
-    }
+      const StatsChunk<Real> stats = stats_of(c, n);
+      const Values weight = Values::load(at<Real>(params.weight, c), n, Real(1));
+      const Values g = Values::load(total[kG] + w, n);
+      const Values g_error = Values::load(total[kGError] + w, n);
+      const Values gx = Values::load(total[kGx] + w, n);
+      const Values gx_error = Values::load(total[kGxError] + w, n);
+      Values dweight, dbias, mean_g, slope, scale;
+      for (std::int64_t k = 0; k < n; ++k) {
+        const Sums<Real> sums{static_cast<Real>(exact(g[k], g_error[k])),
+                              static_cast<Real>(exact(gx[k], gx_error[k]))};
+        const Projection<Real> p = projection(sums, count, stats[k], weight[k], training());
+        dweight[k] = weight_gradient(sums, stats[k]);
+        dbias[k] = sums.g;
+        mean_g[k] = p.mean_g;
+        slope[k] = p.slope;
+        scale[k] = p.scale;
+      }
+      dweight.store(at<Real>(params.dweight, c), n);
+      dbias.store(at<Real>(params.dbias, c), n);
+      mean_g.store(facts[kMeanG] + w, n);
+      slope.store(facts[kSlope] + w, n);
+      scale.store(facts[kScale] + w, n);
+    });
   }
 
   void write(const Part& part, const Table<Real>& facts) const {
-    sweeps<T>().project(part, dy(), x(), {facts[kPivot], facts[kOffset]}, {facts[kMeanG], facts[kSlope], facts[kScale]},
-                        static_cast<T*>(params.dx));
+    sweeps<T>().project(part, dy(), x(), {facts[kPivot], facts[kOffset]},
+                        {facts[kMeanG], facts[kSlope], facts[kScale]}, static_cast<T*>(params.dx));
   }
 };
 

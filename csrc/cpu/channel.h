@@ -1,36 +1,91 @@
-// Per-channel values behind the untyped pointers of launch.h.
+// Values of neighbouring channels, behind the untyped pointers of launch.h. Copies without aliases,
+// so that the compiler makes vectors of loops over them.
 #pragma once
 
 #include "../core/math.h"
 
+#include <algorithm>
 #include <cstdint>
 
 namespace brn::cpu {
 
-template <typename Real>
-Real value_or(const void* values, std::int64_t c, Real otherwise) {
-  return values != nullptr ? static_cast<const Real*>(values)[c] : otherwise;
-}
+constexpr std::int64_t kChunk = 32;
 
 template <typename Real>
-Running<Real> load_running(const void* mean, const void* std, std::int64_t c) {
-  return {static_cast<const Real*>(mean)[c], static_cast<const Real*>(std)[c]};
+struct Chunk {
+  Real values[kChunk];
+
+  Real& operator[](std::int64_t k) { return values[k]; }
+  const Real& operator[](std::int64_t k) const { return values[k]; }
+
+  // `count` of them from `from` on, or `otherwise` where that is null.
+  static Chunk load(const Real* from, std::int64_t count, Real otherwise = Real(0)) {
+    Chunk chunk;
+    if (from != nullptr) {
+      std::copy_n(from, count, chunk.values);
+    } else {
+      std::fill_n(chunk.values, count, otherwise);
+    }
+    return chunk;
+  }
+  void store(Real* to, std::int64_t count) const { std::copy_n(values, count, to); }
+};
+
+// Where the values of channel c lie; null stays null.
+template <typename Real>
+const Real* at(const void* values, std::int64_t c) {
+  return values != nullptr ? static_cast<const Real*>(values) + c : nullptr;
+}
+template <typename Real>
+Real* at(void* values, std::int64_t c) {
+  return values != nullptr ? static_cast<Real*>(values) + c : nullptr;
 }
 
-template <typename Real>
-ChannelStats<Real> load_stats(const void* stats, std::int64_t channels, std::int64_t c) {
-  const Real* s = static_cast<const Real*>(stats) + c;
-  return {s[0], s[channels], s[2 * channels], s[3 * channels], s[4 * channels]};
+// Calls f(first, count) for the chunks of [0, width).
+template <typename F>
+void for_each_chunk(std::int64_t width, F f) {
+  for (std::int64_t w = 0; w < width; w += kChunk) f(w, std::min(kChunk, width - w));
 }
 
+// Columns of the [kStatRows][C] tensor.
 template <typename Real>
-void store_stats(void* stats, std::int64_t channels, std::int64_t c, ChannelStats<Real> v) {
-  Real* s = static_cast<Real*>(stats) + c;
-  s[0] = v.pivot;
-  s[channels] = v.offset;
-  s[2 * channels] = v.inv_std;
-  s[3 * channels] = v.r;
-  s[4 * channels] = v.d;
-}
+struct StatsChunk {
+  Chunk<Real> pivot, offset, inv_std, r, d;
+
+  ChannelStats<Real> operator[](std::int64_t k) const {
+    return {pivot[k], offset[k], inv_std[k], r[k], d[k]};
+  }
+  void set(std::int64_t k, ChannelStats<Real> s) {
+    pivot[k] = s.pivot;
+    offset[k] = s.offset;
+    inv_std[k] = s.inv_std;
+    r[k] = s.r;
+    d[k] = s.d;
+  }
+
+  static StatsChunk load(const Real* from, std::int64_t channels, std::int64_t count) {
+    return {Chunk<Real>::load(from, count), Chunk<Real>::load(from + channels, count),
+            Chunk<Real>::load(from + 2 * channels, count),
+            Chunk<Real>::load(from + 3 * channels, count),
+            Chunk<Real>::load(from + 4 * channels, count)};
+  }
+  void store(Real* to, std::int64_t channels, std::int64_t count) const {
+    pivot.store(to, count);
+    offset.store(to + channels, count);
+    inv_std.store(to + 2 * channels, count);
+    r.store(to + 3 * channels, count);
+    d.store(to + 4 * channels, count);
+  }
+
+  // The moving statistics in their place: see inference_stats().
+  static StatsChunk of_running(const Real* mean, const Real* std, std::int64_t count) {
+    const Chunk<Real> means = Chunk<Real>::load(mean, count);
+    const Chunk<Real> stds = Chunk<Real>::load(std, count);
+    StatsChunk stats;
+    for (std::int64_t k = 0; k < count; ++k)
+      stats.set(k, inference_stats<Real>({means[k], stds[k]}));
+    return stats;
+  }
+};
 
 }  // namespace brn::cpu

@@ -1,4 +1,5 @@
-// Element types of x, y, dy and dx. Half and BFloat16 are only their bits here; lanes.h converts them.
+// Element types of x, y, dy and dx. Half and BFloat16 are only their bits here; lanes.h converts
+// them.
 #pragma once
 
 #include "../core/types.h"

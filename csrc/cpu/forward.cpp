@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <vector>
 
 namespace brn::cpu {
@@ -26,13 +25,15 @@ struct Forward {
   const ForwardParams& params;
   const Limits<Real> limits;
   const Real momentum;
-  const Real epsilon;
-  Real* const m2;  // [C] kept until the batch is known to be finite; null: the averages move at once
+  Real* const moved_mean;  // [C] the moving averages after this batch; null: there are none
+  Real* const moved_std;
   std::atomic<bool>& finite;
 
   const T* x() const { return static_cast<const T*>(params.x); }
 
-  void begin(const Part& slab, const Table<Real>& facts) const { sweeps<T>().pivots(slab, x(), facts[kPivot]); }
+  void begin(const Part& slab, const Table<Real>& facts) const {
+    sweeps<T>().pivots(slab, x(), facts[kPivot]);
+  }
 
   void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& moments) const {
     sweeps<T>().moments(part, x(), facts[kPivot], moments[kMean], moments[kM2]);
@@ -49,58 +50,56 @@ struct Forward {
     }
   }
 
+  // Without moving averages the limits are 1 and 0, and what stands in for them cancels out.
   void finish(const Part& slab, const Table<Real>& total, const Table<Real>& facts) const {
-    for (std::int64_t w = 0; w < slab.width; ++w) {
+    using Values = Chunk<Real>;
+    const Real count = static_cast<Real>(problem.reduced());
+    const Real epsilon = static_cast<Real>(params.epsilon);
+    for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
       const std::int64_t c = slab.channel + w;
-      const Moments<Real> moments{static_cast<Real>(problem.reduced()), total[kMean][w], total[kM2][w]};
-      const ChannelStats<Real> stats = stats_of(moments, facts[kPivot][w], c);
-      store_stats(params.stats, problem.channels, c, stats);
-      if (m2 == nullptr) {
-        move_averages(moments, stats.pivot, c);
-      } else {
-        m2[c] = moments.m2;
-        if (!std::isfinite(moments.m2)) finite.store(false, std::memory_order_relaxed);
+      const Values mean = Values::load(total[kMean] + w, n);
+      const Values m2 = Values::load(total[kM2] + w, n);
+      const Values pivot = Values::load(facts[kPivot] + w, n);
+      const Values weight = Values::load(at<Real>(params.weight, c), n, Real(1));
+      const Values bias = Values::load(at<Real>(params.bias, c), n, Real(0));
+      const Values running_mean = Values::load(at<Real>(params.running_mean, c), n, Real(0));
+      const Values running_std = Values::load(at<Real>(params.running_std, c), n, Real(1));
+      StatsChunk<Real> stats;
+      Values scale, shift, next_mean, next_std;
+      Real poison = 0;  // NaN after any m2 that is inf or NaN
+      for (std::int64_t k = 0; k < n; ++k) {
+        const Moments<Real> moments{count, mean[k], m2[k]};
+        const Running<Real> running{running_mean[k], running_std[k]};
+        const ChannelStats<Real> s = channel_stats(moments, pivot[k], epsilon, running, limits);
+        const Affine<Real> affine = training_affine(s, weight[k], bias[k]);
+        const Running<Real> next = moved(running, moments, pivot[k], epsilon, momentum);
+        stats.set(k, s);
+        scale[k] = affine.scale;
+        shift[k] = affine.shift;
+        next_mean[k] = next.mean;
+        next_std[k] = next.std;
       }
-      const Affine<Real> affine = training_affine(stats, value_or(params.weight, c, Real(1)), value_or(params.bias, c, Real(0)));
-      facts[kOffset][w] = affine.offset;
-      facts[kScale][w] = affine.scale;
-      facts[kShift][w] = affine.shift;
-    }
+      for (std::int64_t k = 0; k < n; ++k) poison += m2[k] * Real(0);
+      stats.store(at<Real>(params.stats, c), problem.channels, n);
+      stats.offset.store(facts[kOffset] + w, n);
+      scale.store(facts[kScale] + w, n);
+      shift.store(facts[kShift] + w, n);
+      if (moved_mean != nullptr) next_mean.store(moved_mean + c, n);
+      if (moved_std != nullptr) next_std.store(moved_std + c, n);
+      if (poison != Real(0)) finite.store(false, std::memory_order_relaxed);
+    });
   }
 
   void write(const Part& part, const Table<Real>& facts) const {
-    sweeps<T>().normalise(part, x(), {facts[kPivot], facts[kOffset], facts[kScale], facts[kShift]}, static_cast<T*>(params.y));
-  }
-
-  ChannelStats<Real> stats_of(Moments<Real> moments, Real pivot, std::int64_t c) const {
-    if (params.running_mean == nullptr) {
-      return {pivot, moments.mean, reciprocal(batch_std(moments, epsilon)), Real(1), Real(0)};
-    }
-    return channel_stats(moments, pivot, epsilon, load_running<Real>(params.running_mean, params.running_std, c), limits);
-  }
-
-  void move_averages(Moments<Real> moments, Real pivot, std::int64_t c) const {
-    if (params.running_mean == nullptr) return;
-    const Running<Real> before = load_running<Real>(params.running_mean, params.running_std, c);
-    const Running<Real> after = moved(before, moments, pivot, epsilon, momentum);
-    static_cast<Real*>(params.running_mean)[c] = after.mean;
-    static_cast<Real*>(params.running_std)[c] = after.std;
-  }
-
-  // After every slab is finished.
-  void move_averages_later() const {
-    const Real* stats = static_cast<const Real*>(params.stats);
-    for (std::int64_t c = 0; c < problem.channels; ++c) {
-      const Real pivot = stats[c];
-      const Real mean = stats[problem.channels + c];
-      move_averages({static_cast<Real>(problem.reduced()), mean, m2[c]}, pivot, c);
-    }
+    sweeps<T>().normalise(part, x(), {facts[kPivot], facts[kOffset], facts[kScale], facts[kShift]},
+                          static_cast<T*>(params.y));
   }
 };
 
 template <typename Real>
 Limits<Real> limits_of(const ForwardParams& params, std::int64_t step) {
   const double* s = params.schedule;
+  if (params.running_mean == nullptr) return {Real(1), Real(0)};
   if (s != nullptr) return limits_at<Real>({s[0], s[1], s[2], s[3], s[4]}, step);
   return {static_cast<Real>(params.limits.r_max), static_cast<Real>(params.limits.d_max)};
 }
@@ -108,24 +107,32 @@ Limits<Real> limits_of(const ForwardParams& params, std::int64_t step) {
 template <typename T>
 void forward_of(const Problem& p, const ForwardParams& params, const Parallel& parallel) {
   using Real = RealOf<T>;
+  const auto channels = static_cast<std::size_t>(p.channels);
   if (p.reduced() == 0) {
-    std::fill_n(static_cast<Real*>(params.stats), kStatRows * p.channels, Real(0));
+    std::fill_n(static_cast<Real*>(params.stats), kStatRows * channels, Real(0));
     return;
   }
   const std::int64_t step = params.num_batches_tracked != nullptr ? *params.num_batches_tracked : 0;
-  std::vector<Real> m2(params.skip_nonfinite ? static_cast<std::size_t>(p.channels) : 0);
+  Real* running_mean = static_cast<Real*>(params.running_mean);
+  Real* running_std = static_cast<Real*>(params.running_std);
+
+  // Whether the batch is finite is known after the last channel: until then the moving averages
+  // wait.
+  const bool wait = params.skip_nonfinite && running_mean != nullptr;
+  std::vector<Real> waiting(wait ? 2 * channels : 0);
   std::atomic<bool> finite{true};
-  const Forward<T> pass{p,
-                        params,
-                        limits_of<Real>(params, step),
-                        averaging_weight<Real>(params.momentum, step),
-                        static_cast<Real>(params.epsilon),
-                        params.skip_nonfinite ? m2.data() : nullptr,
-                        finite};
   prefer_huge_pages(params.y, p.elements() * size_of(p.dtype));
-  run(cut(p), parallel, pass);
-  if (!finite) return;
-  if (params.skip_nonfinite) pass.move_averages_later();
+  run(cut(p), parallel,
+      Forward<T>{p, params, limits_of<Real>(params, step),
+                 averaging_weight<Real>(params.momentum, step),
+                 wait ? waiting.data() : running_mean,
+                 wait ? waiting.data() + channels : running_std, finite});
+
+  if (params.skip_nonfinite && !finite) return;
+  if (wait) {
+    std::copy_n(waiting.data(), channels, running_mean);
+    std::copy_n(waiting.data() + channels, channels, running_std);
+  }
   if (params.num_batches_tracked != nullptr) *params.num_batches_tracked = step + 1;
 }
 

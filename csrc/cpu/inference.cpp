@@ -15,26 +15,39 @@ struct Inference {
   const Problem& problem;
   const InferenceParams& params;
 
-  Affine<Real> affine_of(std::int64_t c) const {
-    const Real weight = value_or(params.weight, c, Real(1));
-    const Real bias = value_or(params.bias, c, Real(0));
-    if (params.stats != nullptr) return training_affine(load_stats<Real>(params.stats, problem.channels, c), weight, bias);
-    return inference_affine(load_running<Real>(params.running_mean, params.running_std, c), weight, bias);
-  }
-
   void begin(const Part& slab, const Table<Real>& facts) const {
-    for (std::int64_t w = 0; w < slab.width; ++w) {
-      const Affine<Real> affine = affine_of(slab.channel + w);
-      facts[kPivot][w] = affine.pivot;
-      facts[kOffset][w] = affine.offset;
-      facts[kScale][w] = affine.scale;
-      facts[kShift][w] = affine.shift;
-    }
+    using Values = Chunk<Real>;
+    for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
+      const std::int64_t c = slab.channel + w;
+      const Values weight = Values::load(at<Real>(params.weight, c), n, Real(1));
+      const Values bias = Values::load(at<Real>(params.bias, c), n, Real(0));
+      Values pivot, offset, scale, shift;
+      const auto set = [&](std::int64_t k, Affine<Real> affine) {
+        pivot[k] = affine.pivot;
+        offset[k] = affine.offset;
+        scale[k] = affine.scale;
+        shift[k] = affine.shift;
+      };
+      if (params.stats != nullptr) {
+        const auto stats = StatsChunk<Real>::load(at<Real>(params.stats, c), problem.channels, n);
+        for (std::int64_t k = 0; k < n; ++k) set(k, training_affine(stats[k], weight[k], bias[k]));
+      } else {
+        const Values mean = Values::load(at<Real>(params.running_mean, c), n);
+        const Values std = Values::load(at<Real>(params.running_std, c), n);
+        for (std::int64_t k = 0; k < n; ++k)
+          set(k, inference_affine<Real>({mean[k], std[k]}, weight[k], bias[k]));
+      }
+      pivot.store(facts[kPivot] + w, n);
+      offset.store(facts[kOffset] + w, n);
+      scale.store(facts[kScale] + w, n);
+      shift.store(facts[kShift] + w, n);
+    });
   }
 
   void write(const Part& part, const Table<Real>& facts) const {
     sweeps<T>().normalise(part, static_cast<const T*>(params.x),
-                          {facts[kPivot], facts[kOffset], facts[kScale], facts[kShift]}, static_cast<T*>(params.y));
+                          {facts[kPivot], facts[kOffset], facts[kScale], facts[kShift]},
+                          static_cast<T*>(params.y));
   }
 };
 
@@ -43,7 +56,7 @@ void inference_of(const Problem& p, const InferenceParams& params, const Paralle
   using Pass = Inference<T>;
   prefer_huge_pages(params.y, p.elements() * size_of(p.dtype));
   const Pass pass{p, params};
-  const Slabs slabs = cut(p);
+  const Slabs slabs = cut_in_order(p);
   for_stretches(p, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
     const Tables<Pass> tables(1, 0, slabs.widest());
     const auto facts = tables.facts(0);

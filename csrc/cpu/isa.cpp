@@ -9,7 +9,9 @@ namespace {
 const Isa& choose() {
 #if defined(__x86_64__)
   const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
-  const auto wished = [wish](const char* name) { return wish == nullptr || std::strcmp(wish, name) == 0; };
+  const auto wished = [wish](const char* name) {
+    return wish == nullptr || std::strcmp(wish, name) == 0;
+  };
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && wished("avx512")) return isa_avx512();

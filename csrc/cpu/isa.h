@@ -1,7 +1,8 @@
 // The sweeps: what is compiled once per instruction set and chosen when the process starts.
 //
-// isa_baseline.cpp, isa_avx2.cpp and isa_avx512.cpp each compile sweeps.h for their instructions and return a table of it.
-// Everything else (cutting, merging, Algorithm 1, threads) is compiled once, for the baseline.
+// isa_baseline.cpp, isa_avx2.cpp and isa_avx512.cpp each compile sweeps.h for their instructions
+// and return a table of it. Everything else (cutting, merging, Algorithm 1, threads) is compiled
+// once, for the baseline.
 #pragma once
 
 #include "../core/math.h"
@@ -19,9 +20,11 @@ struct Part {
   std::int64_t width;    // channels of the slab
   std::int64_t first;    // element of its first channel at position 0
   std::int64_t plane;    // kChannelsFirst: positions that lie together, S
-  std::int64_t stride;   // elements from plane to plane (kChannelsFirst) or from row to row (kChannelsLast)
+  std::int64_t
+      stride;  // elements from plane to plane (kChannelsFirst) or from row to row (kChannelsLast)
   std::int64_t begin;
   std::int64_t end;
+  bool cached;  // the whole tensor stays in the L2 from sweep to sweep
 };
 
 // Parameters of `width` channels, as a struct of arrays.
@@ -34,7 +37,8 @@ struct Centres {
   const Real* pivot;
   const Real* offset;
 };
-// Sums of `width` channels, each in two Reals: sum + error is as good as a sum in twice the precision.
+// Sums of `width` channels, each in two Reals: sum + error is as good as a sum in twice the
+// precision.
 template <typename Real>
 struct SumRows {
   Real* g;
@@ -55,7 +59,8 @@ struct Sweeps {
   // y = apply(affine, x) over the part.
   void (*normalise)(const Part&, const T* x, const Affines<Real>&, T* y);
   // dx = apply(projection, dy, x - mean) over the part.
-  void (*project)(const Part&, const T* dy, const T* x, const Centres<Real>&, const Projections<Real>&, T* dx);
+  void (*project)(const Part&, const T* dy, const T* x, const Centres<Real>&,
+                  const Projections<Real>&, T* dx);
 };
 
 struct Isa {
@@ -66,11 +71,13 @@ struct Isa {
   Sweeps<BFloat16> bfloat16;
 };
 
-const Isa& isa_baseline();  // what the compiler may assume everywhere: SSE2 on x86-64, NEON on aarch64
-const Isa& isa_avx2();      // with FMA; x86-64 only
-const Isa& isa_avx512();    // F, BW, DQ, VL; x86-64 only
+const Isa&
+isa_baseline();         // what the compiler may assume everywhere: SSE2 on x86-64, NEON on aarch64
+const Isa& isa_avx2();  // with FMA; x86-64 only
+const Isa& isa_avx512();  // F, BW, DQ, VL; x86-64 only
 
-// The best that this processor has, or what ATEN_CPU_CAPABILITY (default, avx2, avx512) says, as for Torch's own kernels.
+// The best that this processor has, or what ATEN_CPU_CAPABILITY (default, avx2, avx512) says, as
+// for Torch's own kernels.
 const Isa& isa();
 
 template <typename T>

@@ -1,7 +1,8 @@
-// Vectors of the width BRN_VECTOR_BYTES of the instruction set at hand, and how elements get in and out of them.
+// Vectors of the width BRN_VECTOR_BYTES of the instruction set at hand, and how elements get in and
+// out of them.
 //
-// Built on the compiler's vector types (GCC, Clang), whose operators work lane by lane. Everything is in an unnamed namespace,
-// since each instruction set has its own copy of it.
+// Built on the compiler's vector types (GCC, Clang), whose operators work lane by lane. Everything
+// is in an unnamed namespace, since each instruction set has its own copy of it.
 #pragma once
 
 #include "element.h"
@@ -46,8 +47,8 @@ BRN_LANES void store_vector(void* to, V v) {
   std::memcpy(to, &v, sizeof(v));
 }
 
-// One vector's bytes of elements T, as Reals. Of 16-bit elements, that is two vectors: the elements at even places and those
-// at odd ones, which come out of a 32-bit word by a shift or a mask.
+// One vector's bytes of elements T, as Reals. Of 16-bit elements, that is two vectors: the elements
+// at even places and those at odd ones, which come out of a 32-bit word by a shift or a mask.
 template <typename T>
 struct Lanes {
   using Real = RealOf<T>;
@@ -57,7 +58,8 @@ struct Lanes {
   // All lanes x.
   static BRN_LANES Lanes of(Real x) {
     Lanes lanes;
-    for (int i = 0; i < kVectors; ++i) lanes.v[i] = x - Vector<Real>{};  // not +, which would make 0 of -0
+    for (int i = 0; i < kVectors; ++i)
+      lanes.v[i] = x - Vector<Real>{};  // not +, which would make 0 of -0
     return lanes;
   }
 
@@ -99,7 +101,8 @@ BRN_LANES Lanes<BFloat16> load(const BFloat16* x) {
   return {{bits_of<Vector<float>>(words << 16), bits_of<Vector<float>>(words & 0xffff0000u)}};
 }
 
-// In the upper half of each word, rounded to nearest, ties to even; the lower half is of no account. A NaN stays one.
+// In the upper half of each word, rounded to nearest, ties to even; the lower half is of no
+// account. A NaN stays one.
 BRN_LANES Words upper_bfloat16(Vector<float> v) {
   const Words bits = bits_of<Words>(v);
   return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : Words{} + 0x7fc00000u;
@@ -109,8 +112,8 @@ BRN_LANES void store(BFloat16* y, Lanes<BFloat16> lanes) {
   store_vector(y, (upper_bfloat16(lanes.v[0]) >> 16) | (upper_bfloat16(lanes.v[1]) & 0xffff0000u));
 }
 
-// From the upper half of each word. The exponent is rebased by a multiplication, which is exact and normalises subnormals;
-// inf and NaN have come out finite then and get their exponent back.
+// From the upper half of each word. The exponent is rebased by a multiplication, which is exact and
+// normalises subnormals; inf and NaN have come out finite then and get their exponent back.
 BRN_LANES Vector<float> from_upper_half(Words words) {
   const Words bits = bits_of<Words>(bits_of<SignedWords>(words) >> 3) & 0x8fffe000u;
   const Words rebased = bits_of<Words>(bits_of<Vector<float>>(bits) * 0x1p112f);
@@ -122,20 +125,29 @@ BRN_LANES Lanes<Half> load(const Half* x) {
   return {{from_upper_half(words << 16), from_upper_half(words)}};
 }
 
-// In the lower half of each word, rounded to nearest, ties to even. Subnormals are rounded by an addition that puts their
-// last bit at the float's last.
+// In the lower half of each word, rounded to nearest, ties to even. Subnormals are rounded by an
+// addition that puts their last bit at the float's last.
 BRN_LANES Words lower_half(Vector<float> v) {
   const Words bits = bits_of<Words>(v);
   const SignedWords magnitude = bits_of<SignedWords>(bits & 0x7fffffffu);
-  const SignedWords finite = magnitude < 0x47800000 ? magnitude : SignedWords{} + 0x47800000;  // 65536 rounds to inf
+  const SignedWords finite =
+      magnitude < 0x47800000 ? magnitude : SignedWords{} + 0x47800000;  // 65536 rounds to inf
   const SignedWords normal = (finite - (0x38000000 - 0x0fff) + ((finite >> 13) & 1)) >> 13;
-  const SignedWords subnormal = bits_of<SignedWords>(bits_of<Vector<float>>(magnitude) + 0.5f) - 0x3f000000;
+  const SignedWords subnormal =
+      bits_of<SignedWords>(bits_of<Vector<float>>(magnitude) + 0.5f) - 0x3f000000;
   const SignedWords rounded = magnitude < 0x38800000 ? subnormal : normal;
   return bits_of<Words>(v == v ? rounded : SignedWords{} + 0x7e00) | ((bits >> 16) & 0x8000u);
 }
 
 BRN_LANES void store(Half* y, Lanes<Half> lanes) {
   store_vector(y, lower_half(lanes.v[0]) | (lower_half(lanes.v[1]) << 16));
+}
+
+BRN_LANES float to_real(float x) { return x; }
+BRN_LANES double to_real(double x) { return x; }
+BRN_LANES float to_real(BFloat16 x) { return bits_of<float>(std::uint32_t{x.bits} << 16); }
+BRN_LANES float to_real(Half x) {
+  return from_upper_half(Words{} + (std::uint32_t{x.bits} << 16))[0];
 }
 
 // The first `count` elements; the others are 0. For what is too short for a vector.
@@ -198,7 +210,8 @@ BRN_LANES void store_reals(RealOf<T>* p, Lanes<T> lanes) {
     constexpr int kCount = kLanes<T> / 2;
     constexpr auto places = std::make_integer_sequence<int, kCount>{};
     store_vector(p, shuffle(lanes.v[0], lanes.v[1], interleaved_places<0>(places)));
-    store_vector(p + kCount, shuffle(lanes.v[0], lanes.v[1], interleaved_places<kCount / 2>(places)));
+    store_vector(p + kCount,
+                 shuffle(lanes.v[0], lanes.v[1], interleaved_places<kCount / 2>(places)));
   }
 }
 
@@ -231,15 +244,19 @@ struct Mask {
   Bits v[kVectors];
 
   BRN_LANES Lanes<T> operator()(Lanes<T> lanes) const {
-    for (int i = 0; i < kVectors; ++i) lanes.v[i] = bits_of<Vector<RealOf<T>>>(bits_of<Bits>(lanes.v[i]) & v[i]);
+    for (int i = 0; i < kVectors; ++i)
+      lanes.v[i] = bits_of<Vector<RealOf<T>>>(bits_of<Bits>(lanes.v[i]) & v[i]);
     return lanes;
   }
 };
 
-// -1 for the last `count` of a vector's elements: at place `count` of as many zeros, then ones, then zeros.
+// -1 for the last `count` of a vector's elements: at place `count` of as many zeros, then ones,
+// then zeros.
 template <typename T>
 BRN_LANES Mask<T> mask_at(int place) {
-  using Element = std::conditional_t<sizeof(T) == 8, std::int64_t, std::conditional_t<sizeof(T) == 4, std::int32_t, std::int16_t>>;
+  using Element =
+      std::conditional_t<sizeof(T) == 8, std::int64_t,
+                         std::conditional_t<sizeof(T) == 4, std::int32_t, std::int16_t>>;
   struct Table {
     Element elements[3 * kLanes<T>];
     constexpr Table() : elements() {

@@ -1,5 +1,5 @@
-// The CPU kernels behind the same parameter packs as the CUDA ones. They take their threads from the caller, so that this
-// directory needs no Torch: the binding passes at::parallel_for.
+// The CPU kernels behind the same parameter packs as the CUDA ones. They take their threads from
+// the caller, so that this directory needs no Torch: the binding passes at::parallel_for.
 #pragma once
 
 #include "../core/types.h"
@@ -9,11 +9,13 @@
 
 namespace brn::cpu {
 
-// Calls body(begin, end, context) on parts of [begin, end) of at least `grain`, in any order, on up to `threads` threads.
+// Calls body(begin, end, context) on parts of [begin, end) of at least `grain`, in any order, on up
+// to `threads` threads.
 struct Parallel {
   int threads = 1;
   void (*run)(std::int64_t begin, std::int64_t end, std::int64_t grain,
-              void (*body)(std::int64_t begin, std::int64_t end, void* context), void* context) = nullptr;
+              void (*body)(std::int64_t begin, std::int64_t end, void* context),
+              void* context) = nullptr;
 };
 
 // Results do not depend on the number of threads.

@@ -1,8 +1,9 @@
 // How a tensor is cut for the CPU, and the order in which the pieces of a pass are done.
 //
-// A slab is what is reduced together: one channel (kChannelsFirst) or a stripe of neighbouring channels (kChannelsLast). Its
-// positions (elements of the channel, or rows of the [N*S][C] matrix) are cut into parts. The cut is a function of the problem
-// alone and parts are merged in their order, so that the number of threads changes no bit of the result.
+// A slab is what is reduced together: one channel (kChannelsFirst) or a stripe of neighbouring
+// channels (kChannelsLast). Its positions (elements of the channel, or rows of the [N*S][C] matrix)
+// are cut into parts. The cut is a function of the problem alone and parts are merged in their
+// order, so that the number of threads changes no bit of the result.
 #pragma once
 
 #include "../core/types.h"
@@ -20,6 +21,9 @@ namespace brn::cpu {
 constexpr std::int64_t kPartBytes = 256 * 1024;
 constexpr std::int64_t kMostParts = 64;
 
+// x, y, dy and dx of this size are in the L2 (1 MB a core) all the time.
+constexpr std::int64_t kCachedBytes = 512 * 1024;
+
 // Below, a second thread costs more than it saves.
 constexpr std::int64_t kSerialElements = 64 * 1024;
 
@@ -30,7 +34,9 @@ struct Slabs {
   std::int64_t parts = 1;  // of a slab
   std::int64_t share = 0;  // positions of a part; the last may have fewer
 
-  std::int64_t widest() const { return problem.channels - std::max<std::int64_t>(count - 1, 0) * width; }
+  std::int64_t widest() const {
+    return problem.channels - std::max<std::int64_t>(count - 1, 0) * width;
+  }
 
   Part part(std::int64_t slab, std::int64_t j) const {
     const Problem& p = problem;
@@ -43,7 +49,8 @@ struct Slabs {
             p.spatial,
             first ? p.channels * p.spatial : p.channels,
             j * share,
-            std::min((j + 1) * share, p.reduced())};
+            std::min((j + 1) * share, p.reduced()),
+            p.elements() * size_of(p.dtype) <= kCachedBytes};
   }
 };
 
@@ -54,8 +61,9 @@ inline std::int64_t slab_width(const Problem& p) {
     constexpr std::int64_t kSmall = 16 * 1024;
     return std::clamp<std::int64_t>(kSmall / channel, 1, std::max<std::int64_t>(p.channels, 1));
   }
-  // Whole rows: pieces of rows that are a power of two apart would meet in a few sets of the caches. But a matrix with too few
-  // rows to be shared out is cut into columns, a page wide at least.
+  // Whole rows: pieces of rows that are a power of two apart would meet in a few sets of the
+  // caches. But a matrix with too few rows to be shared out is cut into columns, a page wide at
+  // least.
   constexpr std::int64_t kPage = 4096;
   constexpr std::int64_t kFewRows = 128;
   return p.reduced() > kFewRows ? p.channels : std::min(p.channels, kPage / size_of(p.dtype));
@@ -75,10 +83,23 @@ inline Slabs cut(const Problem& p) {
   return slabs;
 }
 
+// For a pass that reduces nothing: parts as they lie in memory.
+inline Slabs cut_in_order(const Problem& p) {
+  Slabs slabs = cut(p);
+  if (p.layout == Layout::kChannelsLast || p.elements() == 0) return slabs;
+  slabs.width =
+      std::clamp<std::int64_t>(kPartBytes / (p.spatial * size_of(p.dtype)), 1, p.channels);
+  slabs.count = p.channels / slabs.width;
+  slabs.parts = p.batch;
+  slabs.share = p.spatial;
+  return slabs;
+}
+
 // Calls f(begin, end) for stretches of [0, count), one a thread.
 template <typename F>
 void for_stretches(const Problem& p, const Parallel& parallel, std::int64_t count, const F& f) {
-  if (parallel.run == nullptr || parallel.threads <= 1 || count <= 1 || p.elements() < kSerialElements) {
+  if (parallel.run == nullptr || parallel.threads <= 1 || count <= 1 ||
+      p.elements() < kSerialElements) {
     return f(std::int64_t{0}, count);
   }
   const auto body = [](std::int64_t begin, std::int64_t end, void* context) {
@@ -107,13 +128,16 @@ class Tables {
         stride_((ceil_div(width, kLine) + 1) * kLine),
         values_(new Real[static_cast<std::size_t>(slabs * rows() * stride_)]) {}
 
-  Table<Real> facts(std::int64_t slab) const { return {&values_[slab * rows() * stride_], stride_}; }
+  Table<Real> facts(std::int64_t slab) const {
+    return {&values_[slab * rows() * stride_], stride_};
+  }
   Table<Real> partials(std::int64_t slab, std::int64_t part) const {
     return {&values_[(slab * rows() + Pass::kFacts + part * Pass::kPartials) * stride_], stride_};
   }
 
  private:
-  // A line more than a row needs: rows that are a power of two apart would meet in one set of the L1.
+  // A line more than a row needs: rows that are a power of two apart would meet in one set of the
+  // L1.
   static constexpr std::int64_t kLine = 64 / sizeof(Real);
 
   std::int64_t rows() const { return Pass::kFacts + parts_ * Pass::kPartials; }
@@ -148,28 +172,32 @@ template <typename Pass>
 void run_together(const Slabs& slabs, const Parallel& parallel, const Pass& pass) {
   const Tables<Pass> tables(slabs.count, slabs.parts, slabs.widest());
   for (std::int64_t i = 0; i < slabs.count; ++i) pass.begin(slabs.part(i, 0), tables.facts(i));
-  for_stretches(slabs.problem, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t k = begin; k < end; ++k) {
-      const std::int64_t i = k / slabs.parts;
-      const std::int64_t j = k % slabs.parts;
-      pass.reduce(slabs.part(i, j), tables.facts(i), tables.partials(i, j));
-    }
-  });
+  for_stretches(slabs.problem, parallel, slabs.count * slabs.parts,
+                [&](std::int64_t begin, std::int64_t end) {
+                  for (std::int64_t k = begin; k < end; ++k) {
+                    const std::int64_t i = k / slabs.parts;
+                    const std::int64_t j = k % slabs.parts;
+                    pass.reduce(slabs.part(i, j), tables.facts(i), tables.partials(i, j));
+                  }
+                });
   for (std::int64_t i = 0; i < slabs.count; ++i) {
-    for (std::int64_t j = 1; j < slabs.parts; ++j) pass.merge(slabs.part(i, j), tables.partials(i, j), tables.partials(i, 0));
+    for (std::int64_t j = 1; j < slabs.parts; ++j)
+      pass.merge(slabs.part(i, j), tables.partials(i, j), tables.partials(i, 0));
     pass.finish(slabs.part(i, 0), tables.partials(i, 0), tables.facts(i));
   }
-  for_stretches(slabs.problem, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t k = end; k-- > begin;) {
-      const std::int64_t i = k / slabs.parts;
-      pass.write(slabs.part(i, k % slabs.parts), tables.facts(i));
-    }
-  });
+  for_stretches(slabs.problem, parallel, slabs.count * slabs.parts,
+                [&](std::int64_t begin, std::int64_t end) {
+                  for (std::int64_t k = end; k-- > begin;) {
+                    const std::int64_t i = k / slabs.parts;
+                    pass.write(slabs.part(i, k % slabs.parts), tables.facts(i));
+                  }
+                });
 }
 
-// A pass has begin (a slab: what reduce has to know), reduce (a part), merge (a part into those before it), finish (a slab)
-// and write (a part). Either a thread does one slab after the other, which then is still in its cache when it is written; or,
-// where that would leave threads idle, all threads share all slabs and meet between reduce and write.
+// A pass has begin (a slab: what reduce has to know), reduce (a part), merge (a part into those
+// before it), finish (a slab) and write (a part). Either a thread does one slab after the other,
+// which then is still in its cache when it is written; or, where that would leave threads idle, all
+// threads share all slabs and meet between reduce and write.
 template <typename Pass>
 void run(const Slabs& slabs, const Parallel& parallel, const Pass& pass) {
   const std::int64_t threads = std::max(parallel.threads, 1);

@@ -19,7 +19,7 @@ namespace brn {
 // CPU needs none.
 struct Workspace {
   // control_words(plan.teams) words, zero before their first use ever; every launch leaves them
-  // ready for the next. Needed by teams of more than one block, and to count steps.
+  // ready for the next. Not touched by teams of one block that count no steps.
   unsigned* control = nullptr;
   void* partials = nullptr;   // partials_bytes() in any state; may be null where that is 0
   void* proposals = nullptr;  // proposals_bytes() in any state; needed with skip_nonfinite
