@@ -26,6 +26,7 @@ How the shared numbers were chosen, and how much hangs on them:
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 try:
@@ -71,7 +72,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         help="train on at most this many (%(default)s)",
     )
     add("--out", type=Path, default=BUILD / "digits.png", help="the picture (build/digits.png)")
-    add("--seeds", type=_positive, help="seeds 0 ... SEEDS-1 (5)")
+    add("--seeds", type=_positive, help="how many (5)")
+    add("--first-seed", type=_natural, default=0, help="the others follow it (%(default)s)")
     add("--epochs", type=_positive, help=f"({recipe.epochs})")
     add(
         "--norms",
@@ -168,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         Job(regime, normalizer, seed)
         for regime in chosen.regimes
         for normalizer in chosen.norms
-        for seed in range(chosen.seeds)
+        for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds)
     ]
     caption = _caption(chosen, len(images.train_y), len(images.valid_y))
     console.print(caption, highlight=False, soft_wrap=True)
@@ -204,7 +206,8 @@ def _caption(chosen: argparse.Namespace, train: int, valid: int) -> str:
     """The settings that the numbers come from, for the terminal and for the picture."""
     return (
         f"{chosen.data}, 8x8 pixels: {train} images to train on, {valid} to validate. "
-        f"{chosen.seeds} seeds, {chosen.epochs} epochs, steps of {BATCH} examples.\n"
+        f"{chosen.seeds} seeds from {chosen.first_seed}, {chosen.epochs} epochs, "
+        f"steps of {BATCH} examples.\n"
         f"Adam, learning rate {chosen.learning_rate:g} to 0 by half a cosine. "
         f"Moving statistics: momentum {chosen.momentum:g} a step. "
         f"BatchRenorm: r_max {chosen.r_max:g}, d_max {chosen.d_max:g}."
@@ -222,11 +225,14 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _positive(text: str) -> int:
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
+
+
+_positive, _natural = partial(_at_least, 1), partial(_at_least, 0)
 
 
 def _fail(why: object) -> int:
