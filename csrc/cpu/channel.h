@@ -1,5 +1,5 @@
-// Values of neighbouring channels, behind the untyped pointers of launch.h. Copies without aliases,
-// so that the compiler makes vectors of loops over them.
+// Values of neighbouring channels, behind the untyped pointers of launch.h: copies, which cannot
+// alias, so that the compiler makes vectors of the loops over them.
 #pragma once
 
 #include "../core/math.h"
@@ -82,8 +82,9 @@ struct StatsChunk {
     const Chunk<Real> means = Chunk<Real>::load(mean, count);
     const Chunk<Real> stds = Chunk<Real>::load(std, count);
     StatsChunk stats;
-    for (std::int64_t k = 0; k < count; ++k)
+    for (std::int64_t k = 0; k < count; ++k) {
       stats.set(k, inference_stats<Real>({means[k], stds[k]}));
+    }
     return stats;
   }
 };

@@ -3,7 +3,7 @@
 //   reduce   reads x
 //   write    reads x again, from the cache as far as the slab fits it, and writes y
 //
-// 1 read + 1 write of x is the floor; a slab larger than the caches is read from memory twice.
+// 1 read + 1 write is the floor; a slab larger than the caches is read from memory twice.
 #include "channel.h"
 #include "pages.h"
 #include "slabs.h"
@@ -116,8 +116,7 @@ void forward_of(const Problem& p, const ForwardParams& params, const Parallel& p
   Real* running_mean = static_cast<Real*>(params.running_mean);
   Real* running_std = static_cast<Real*>(params.running_std);
 
-  // Whether the batch is finite is known after the last channel: until then the moving averages
-  // wait.
+  // Whether the batch is finite is known after its last channel: the averages wait until then.
   const bool wait = params.skip_nonfinite && running_mean != nullptr;
   std::vector<Real> waiting(wait ? 2 * channels : 0);
   std::atomic<bool> finite{true};

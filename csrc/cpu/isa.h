@@ -20,11 +20,10 @@ struct Part {
   std::int64_t width;    // channels of the slab
   std::int64_t first;    // element of its first channel at position 0
   std::int64_t plane;    // kChannelsFirst: positions that lie together, S
-  std::int64_t
-      stride;  // elements from plane to plane (kChannelsFirst) or from row to row (kChannelsLast)
+  std::int64_t stride;   // elements from plane to plane, or in kChannelsLast from row to row
   std::int64_t begin;
   std::int64_t end;
-  bool cached;  // the whole tensor stays in the L2 from sweep to sweep
+  bool cached;  // the tensor fits a cache
 };
 
 // Parameters of `width` channels, as a struct of arrays.
@@ -37,7 +36,8 @@ struct Centres {
   const Real* pivot;
   const Real* offset;
 };
-// Sums of `width` channels, each in two Reals: sum + error is as good as a sum in twice the
+
+// Sums of `width` channels, each in two Reals: sum + error is as good as one in twice the
 // precision.
 template <typename Real>
 struct SumRows {
@@ -71,10 +71,11 @@ struct Isa {
   Sweeps<BFloat16> bfloat16;
 };
 
-const Isa&
-isa_baseline();         // what the compiler may assume everywhere: SSE2 on x86-64, NEON on aarch64
-const Isa& isa_avx2();  // with FMA; x86-64 only
-const Isa& isa_avx512();  // F, BW, DQ, VL; x86-64 only
+// What the compiler may assume everywhere (SSE2 on x86-64, NEON on aarch64), and on x86-64 more:
+// AVX2 with FMA, and AVX-512 F, BW, DQ and VL.
+const Isa& isa_baseline();
+const Isa& isa_avx2();
+const Isa& isa_avx512();
 
 // The best that this processor has, or what ATEN_CPU_CAPABILITY (default, avx2, avx512) says, as
 // for Torch's own kernels.

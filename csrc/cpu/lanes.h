@@ -12,6 +12,9 @@
 #include <type_traits>
 #include <utility>
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "the first of two elements is the lower one");
+
 #define BRN_INLINED __attribute__((always_inline))
 #define BRN_LANES inline BRN_INLINED
 

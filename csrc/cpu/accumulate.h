@@ -1,0 +1,81 @@
+// What the reductions keep: moments and sums, lane by lane.
+#pragma once
+
+#include "lanes.h"
+
+#include <cstdint>
+
+namespace brn::cpu {
+namespace {
+
+// merge() of math.h where the lanes of mean and m2 have one count between them.
+template <typename Real, typename Value>
+struct SharedMoments {
+  Real count;
+  Value mean;
+  Value m2;
+};
+template <typename Real, typename Value>
+BRN_LANES SharedMoments<Real, Value> merge(SharedMoments<Real, Value> a,
+                                           SharedMoments<Real, Value> b) {
+  const Real count = a.count + b.count;
+  const Real weight = b.count / count;
+  const Value delta = b.mean - a.mean;
+  return {count, a.mean + delta * weight, a.m2 + b.m2 + delta * delta * (a.count * weight)};
+}
+
+template <typename T>
+struct Centre {
+  Lanes<T> pivot;
+  Lanes<T> offset;
+
+  BRN_LANES Lanes<T> operator()(Lanes<T> x) const { return (x - pivot) - offset; }
+};
+
+template <typename T>
+struct LaneSums {
+  Lanes<T> g;
+  Lanes<T> gx;
+
+  BRN_LANES LaneSums& operator+=(LaneSums b) {
+    g += b.g;
+    gx += b.gx;
+    return *this;
+  }
+};
+
+// A sum and the rounding errors it has made (Knuth's two-sum): as good as one in twice the
+// precision.
+template <typename Value>
+struct ExactSum {
+  Value sum;
+  Value error;
+
+  BRN_LANES void add(Value v) {
+    const Value next = sum + v;
+    const Value added = next - sum;
+    error += (sum - (next - added)) + (v - added);
+    sum = next;
+  }
+};
+
+template <typename Value>
+BRN_LANES Value sum_of_eight(const Value (&v)[8]) {
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+// Eight vectors of dy and of x, `stride` elements apart.
+template <typename T>
+BRN_LANES LaneSums<T> tile_sums(const T* dy, const T* x, std::int64_t stride,
+                                const Centre<T>& centre) {
+  Lanes<T> g[8];
+  Lanes<T> gx[8];
+  for (int k = 0; k < 8; ++k) {
+    g[k] = load(dy + k * stride);
+    gx[k] = g[k] * centre(load(x + k * stride));
+  }
+  return {sum_of_eight(g), sum_of_eight(gx)};
+}
+
+}  // namespace
+}  // namespace brn::cpu

@@ -1,0 +1,231 @@
+// The sweeps of kChannelsFirst. What a part has of one plane is a run, and all of it belongs to one
+// channel: lanes are added up in the end.
+#pragma once
+
+#include "../core/math.h"
+#include "accumulate.h"
+#include "isa.h"
+#include "lanes.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace brn::cpu {
+namespace {
+
+// Calls f(element, length) for the runs of the slab's w-th channel at the positions [begin, end).
+template <typename F>
+BRN_LANES void for_each_run(const Part& part, std::int64_t w, std::int64_t begin, std::int64_t end,
+                            F f) {
+  std::int64_t s = begin < part.plane ? begin : begin % part.plane;
+  std::int64_t plane =
+      part.first + w * part.plane + (begin < part.plane ? 0 : begin / part.plane) * part.stride;
+  for (std::int64_t left = end - begin; left > 0; plane += part.stride, s = 0) {
+    const std::int64_t length = part.plane - s < left ? part.plane - s : left;
+    f(plane + s, length);
+    left -= length;
+  }
+}
+
+// Fetches what the next channel has of a plane, where planes are too short for the prefetchers to
+// follow. (32, 2048, 7, 7), one thread, without and with it: forward 2.4 and 1.9 ms, backward 4.4
+// and 3.2 ms.
+template <bool kToWrite = false, typename T>
+BRN_LANES void fetch_next(const Part& part, const T* plane) {
+  constexpr std::int64_t kShort = 2048 / sizeof(T);
+  constexpr std::int64_t kLine = 64 / sizeof(T);
+  if (part.cached || part.plane > kShort) return;
+  for (std::int64_t i = 0; i < part.plane; i += kLine)
+    __builtin_prefetch(plane + part.plane + i, kToWrite);
+}
+
+// Positions that are read twice for their moments: 256 vectors, so that a sum in four chains adds 64
+// of them to each, and 16 KB at the most, half of an L1.
+template <typename T>
+constexpr std::int64_t kTile = 256 * kLanes<T>;
+
+// The sum of f(lanes of x) over a run.
+template <typename T, typename F>
+BRN_LANES Lanes<T> sum_over_run(const T* x, std::int64_t length, F f) {
+  constexpr int kStep = kLanes<T>;
+  Lanes<T> sums[4] = {};
+  std::int64_t i = 0;
+  for (; i + 4 * kStep <= length; i += 4 * kStep) {
+    for (int k = 0; k < 4; ++k) sums[k] += f(load(x + i + k * kStep));
+  }
+  for (; i + kStep <= length; i += kStep) sums[0] += f(load(x + i));
+  if (i < length) {
+    sums[1] += length >= kStep ? last_elements<T>(length - i)(f(load(x + length - kStep)))
+                               : first_elements<T>(length - i)(f(load_first(x, length)));
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <typename T>
+BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, std::int64_t w,
+                                                              const T* x, RealOf<T> pivot) {
+  using Real = RealOf<T>;
+  const Lanes<T> pivots = Lanes<T>::of(pivot);
+  SharedMoments<Real, Real> moments{0, 0, 0};
+  for (std::int64_t begin = part.begin; begin < part.end; begin += kTile<T>) {
+    const std::int64_t end = begin + kTile<T> < part.end ? begin + kTile<T> : part.end;
+    const Real count = static_cast<Real>(end - begin);
+    const auto sum_over_tile = [&](auto f) BRN_INLINED {
+      Lanes<T> sum{};
+      for_each_run(part, w, begin, end, [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+        fetch_next(part, x + at);
+        sum += sum_over_run(x + at, length, f);
+      });
+      return sum_across(sum);
+    };
+    const auto shifted = [&](Lanes<T> v) BRN_INLINED { return v - pivots; };
+    const Real mean = sum_over_tile(shifted) / count;
+    const auto squared_deviation = [&](Lanes<T> v) BRN_INLINED {
+      const Lanes<T> deviation = (v - pivots) - Lanes<T>::of(mean);
+      return deviation * deviation;
+    };
+    const SharedMoments<Real, Real> tile{count, mean, sum_over_tile(squared_deviation)};
+    moments = begin == part.begin ? tile : merge(moments, tile);
+  }
+  return moments;
+}
+
+// A running sum in blocks of at least eight vectors, so that few additions stand between an element
+// and the exact total.
+template <typename T>
+struct ChannelSums {
+  const Centre<T>& centre;
+  ExactSum<Lanes<T>> g{};
+  ExactSum<Lanes<T>> gx{};
+  LaneSums<T> open{};
+  int vectors = 0;  // in open
+
+  BRN_LANES void close(LaneSums<T> sums) {
+    g.add(sums.g);
+    gx.add(sums.gx);
+  }
+  BRN_LANES void add_run(const T* dy, const T* x, std::int64_t length) {
+    constexpr int kStep = kLanes<T>;
+    std::int64_t i = 0;
+    for (; i + 8 * kStep <= length; i += 8 * kStep) close(tile_sums(dy + i, x + i, kStep, centre));
+    for (; i + kStep <= length; i += kStep, ++vectors) add(load(dy + i), centre(load(x + i)));
+    if (i < length) {
+      if (length >= kStep) {
+        const Mask<T> mask = last_elements<T>(length - i);
+        add(mask(load(dy + length - kStep)), mask(centre(load(x + length - kStep))));
+      } else {
+        const Mask<T> mask = first_elements<T>(length);
+        add(load_first(dy, length), mask(centre(load_first(x, length))));
+      }
+      ++vectors;
+    }
+    if (vectors >= 8) {
+      close(open);
+      open = {};
+      vectors = 0;
+    }
+  }
+  BRN_LANES void add(Lanes<T> v, Lanes<T> x_minus_mean) { open += {v, v * x_minus_mean}; }
+};
+
+// Sum and error of all lanes together.
+template <typename T>
+BRN_LANES ExactSum<RealOf<T>> across(const ExactSum<Lanes<T>>& lanes) {
+  using Real = RealOf<T>;
+  constexpr int kPieces =
+      sizeof(double) / sizeof(Real);  // each as many Reals as a vector of doubles
+  using Piece = typename VectorOf<Real, BRN_VECTOR_BYTES / kPieces>::Type;
+  Vector<double> total{};
+  for (int i = 0; i < Lanes<T>::kVectors; ++i) {
+    const Vector<Real> made = lanes.error.v[i];
+    const Vector<Real> error =
+        made == made ? made : Vector<Real>{};  // that of an infinite sum is NaN
+    Piece sums[kPieces];
+    Piece errors[kPieces];
+    std::memcpy(sums, &lanes.sum.v[i], sizeof(sums));
+    std::memcpy(errors, &error, sizeof(errors));
+    for (int k = 0; k < kPieces; ++k) {
+      total += __builtin_convertvector(sums[k], Vector<double>) +
+               __builtin_convertvector(errors[k], Vector<double>);
+    }
+  }
+  const double sum = sum_across<double, BRN_VECTOR_BYTES>(total);
+  return {static_cast<Real>(sum),
+          static_cast<Real>(sum - static_cast<double>(static_cast<Real>(sum)))};
+}
+
+template <typename T>
+BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const T* x,
+                            const Centres<RealOf<T>>& centres, const SumRows<RealOf<T>>& rows) {
+  using Real = RealOf<T>;
+  const Centre<T> centre{Lanes<T>::of(centres.pivot[w]), Lanes<T>::of(centres.offset[w])};
+  ChannelSums<T> sums{centre};
+  const auto add = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+    fetch_next(part, dy + at);
+    fetch_next(part, x + at);
+    sums.add_run(dy + at, x + at, length);
+  };
+  for_each_run(part, w, part.begin, part.end, add);
+  if (sums.vectors > 0) sums.close(sums.open);
+  const ExactSum<Real> g = across(sums.g);
+  const ExactSum<Real> gx = across(sums.gx);
+  rows.g[w] = g.sum;
+  rows.g_error[w] = g.error;
+  rows.gx[w] = gx.sum;
+  rows.gx_error[w] = gx.error;
+}
+
+// Calls whole(element) for vectors that cover a run, the last of them over part of the one before
+// it; a run shorter than a vector is left to rest(element, length).
+template <typename T, typename F, typename Rest>
+BRN_LANES void cover(std::int64_t at, std::int64_t length, F whole, Rest rest) {
+  constexpr int kStep = kLanes<T>;
+  const std::int64_t end = at + length;
+  if (length < kStep) return rest(at, length);
+  for (; at + 4 * kStep <= end; at += 4 * kStep) {
+    for (int k = 0; k < 4; ++k) whole(at + k * kStep);
+  }
+  for (; at + kStep <= end; at += kStep) whole(at);
+  if (at < end) whole(end - kStep);
+}
+
+template <typename T>
+BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
+                                 const Affines<RealOf<T>>& a, T* y) {
+  const Affine<Lanes<T>> affine{Lanes<T>::of(a.pivot[w]), Lanes<T>::of(a.offset[w]),
+                                Lanes<T>::of(a.scale[w]), Lanes<T>::of(a.shift[w])};
+  const auto normalise = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+    const auto whole = [&](std::int64_t i)
+                           BRN_INLINED { store(y + i, apply(affine, load(x + i))); };
+    const auto rest = [&](std::int64_t i, std::int64_t n) {
+      store_first(y + i, apply(affine, load_first(x + i, n)), n);
+    };
+    fetch_next<true>(part, y + at);
+    cover<T>(at, length, whole, rest);
+  };
+  for_each_run(part, w, part.begin, part.end, normalise);
+}
+
+template <typename T>
+BRN_LANES void channel_project(const Part& part, std::int64_t w, const T* dy, const T* x,
+                               const Centres<RealOf<T>>& centres, const Projections<RealOf<T>>& p,
+                               T* dx) {
+  const Centre<T> centre{Lanes<T>::of(centres.pivot[w]), Lanes<T>::of(centres.offset[w])};
+  const Projection<Lanes<T>> projection{Lanes<T>::of(p.mean_g[w]), Lanes<T>::of(p.slope[w]),
+                                        Lanes<T>::of(p.scale[w])};
+  const auto project = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+    const auto whole = [&](std::int64_t i) BRN_INLINED {
+      store(dx + i, apply(projection, load(dy + i), centre(load(x + i))));
+    };
+    const auto rest = [&](std::int64_t i, std::int64_t n) {
+      const Lanes<T> x_minus_mean = centre(load_first(x + i, n));
+      store_first(dx + i, apply(projection, load_first(dy + i, n), x_minus_mean), n);
+    };
+    fetch_next<true>(part, dx + at);
+    cover<T>(at, length, whole, rest);
+  };
+  for_each_run(part, w, part.begin, part.end, project);
+}
+
+}  // namespace
+}  // namespace brn::cpu

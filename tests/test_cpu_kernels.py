@@ -1,0 +1,180 @@
+"""The CPU kernels by themselves: cuts, conversions, threads, instruction sets.
+
+What the layer computes is the matter of the other files; here is what only these kernels could get
+wrong. Sizes are chosen by how csrc/cpu cuts them.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import each_case
+from tolerance import assert_as_accurate_as
+
+from batchrenorm_cuda.parity import report, tensors
+from batchrenorm_cuda.parity.cases import Case
+from batchrenorm_cuda.parity.check import check
+
+ops = torch.ops.batchrenorm
+
+CUTS = [
+    Case("S = 1", (37, 3, 1, 1), "a run of one value, or a row of three"),
+    Case("C = 8", (4, 8), "two rows make a vector of floats"),
+    Case("C = 3", (7000, 3), "the least common row of a vector's width is 48"),
+    Case("C = 3, m = 5", (5, 3), "fewer rows than make one wide row"),
+    Case("C = 17", (333, 17), "a vector and one channel"),
+    Case("C = 65", (8, 65, 14, 14), "four vectors and one channel"),
+    Case("wide", (16, 5000), "few rows of many channels are cut into columns"),
+    Case("S = 7", (33, 5, 7), "runs shorter than a vector"),
+    Case("S = 49", (32, 70, 7, 7), "runs of three vectors and one value"),
+    Case("S = 289", (6, 33, 17, 17), "runs of 18 vectors and one value"),
+    Case("parts", (2, 1, 400, 401), "one channel in several parts, cut within a plane"),
+    Case("three channels", (2, 3, 300, 300), "more slabs than threads, but not evenly so"),
+    Case("5-D", (2, 6, 5, 40, 41), "volumes"),
+    Case("larger than a cache", (8, 24, 120, 120), "read in the order of memory"),
+]
+LAST = {3: "channels_last_1d", 4: "channels_last", 5: "channels_last_3d"}
+CUTS += [
+    Case(f"{case}, last", case.shape, case.why, form=LAST[len(case.shape)])
+    for case in CUTS
+    if len(case.shape) > 2
+]
+CPU = torch.device("cpu")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+BOTH_LAYOUTS = pytest.mark.parametrize("form", ["contiguous", "channels_last"])
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def step(t: tensors.Tensors, skip_nonfinite: bool = False) -> list[torch.Tensor]:
+    """What one training step leaves: y, stats, dx, dweight, dbias, running_mean, running_std, and
+    the number of steps."""
+    moved = [t.running_mean.clone(), t.running_std.clone(), torch.tensor(7)]
+    limits = (None, 0.1, 1e-5, 1.5, 0.5)
+    y, stats = ops.forward(t.x, t.weight, t.bias, *moved, *limits, skip_nonfinite)
+    dy = torch.empty_like(t.x).copy_(t.dy)
+    return [y, stats, *ops.backward(dy, t.x, t.weight, stats), *moved]
+
+
+@each_case(CUTS)
+def test_every_cut_is_as_accurate_as_plain_torch(case, dtype):
+    verdict = check(case, dtype, CPU)
+    assert verdict.ok, report.line(verdict)
+
+
+@each_case(CUTS, [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(case, dtype):
+    t = tensors.make(case, dtype, CPU)
+    torch.set_num_threads(1)
+    alone = step(t)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, alone, step(t))), f"{threads} threads"
+
+
+@each_case(CUTS, [torch.float32])
+def test_the_normalisation_alone_gives_the_same_bits(case, dtype):
+    t = tensors.make(case, dtype, CPU)
+    y, stats, *_ = step(t)
+    assert torch.equal(ops.renormalize(t.x, t.weight, t.bias, stats), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_is_read_and_written_as_it_is(dtype):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
+    y = ops.inference(x, None, None, torch.zeros(1), torch.ones(1))
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y[~x.isnan()], x[~x.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_is_to_the_nearest_and_to_even(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
+    every = every[every.isfinite()].sort().values
+    below, above = every[:-1], every[1:]
+    middle = below + (above - below) / 2
+    inf, nan = float("inf"), float("nan")
+    largest = torch.tensor([65519.996, 65520.0, 65536.0, 3.3953e38, 3.4e38, inf, -inf, nan])
+    all_ones = torch.tensor([-1], dtype=torch.int32).view(torch.float32)  # another NaN
+    nearly = [middle.nextafter(below), middle.nextafter(above)]
+    values = torch.cat([middle, *nearly, largest, all_ones])
+    one, zero = torch.ones_like(values), torch.zeros_like(values)
+    y = ops.inference(one.to(dtype).view(1, -1), values, None, zero, one)[0]
+    assert torch.equal(y.nan_to_num(nan=1.25), values.to(dtype).nan_to_num(nan=1.25))
+
+
+@BOTH_LAYOUTS
+def test_sums_of_many_values_are_as_good_as_those_of_batch_norm(form):
+    t = tensors.make(Case("many", (32, 4, 112, 112), "", form=form, mean=100.0), torch.float32, CPU)
+    x, dy = t.x, torch.empty_like(t.x).copy_(t.dy)
+    _, stats = ops.forward(x, None, None, None, None, None, None, 0.1, 1e-5, 1.0, 0.0, False)
+    _, dweight, dbias = ops.backward(dy, x, None, stats)
+    _, mean, inv_std = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+    peer = torch.ops.aten.native_batch_norm_backward(
+        dy, x, torch.ones(4), None, None, mean, inv_std, True, 1e-5, [True, True, True]
+    )
+    dims, wide = (0, 2, 3), dy.double()
+    deviation = x.double() - x.double().mean(dims, keepdim=True)
+    x_norm = deviation / (deviation.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+    scale = wide.square().sum(dims).sqrt()
+    for actual, native, terms in ((dweight, peer[1], wide * x_norm), (dbias, peer[2], wide)):
+        assert_as_accurate_as(actual, native, terms.sum(dims), scale=scale)
+
+
+@BOTH_LAYOUTS
+def test_a_long_sum_keeps_what_its_additions_round_off(form):
+    """Equal terms round in the same direction each time."""
+    t = tensors.make(Case("equal", (32, 4, 112, 112), "", form=form), torch.float32, CPU)
+    *_, dbias = ops.inference_backward(torch.full_like(t.x, 0.1), t.x, None, *step(t)[5:7])
+    truth = torch.full((4,), 0.1, dtype=torch.float32).double() * (32 * 112 * 112)
+    assert torch.equal(dbias, truth.float())
+
+
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(32, 70, 7, 7), (2, 3, 300, 300), (700, 5, 1, 2)], ids=str)
+def test_a_value_that_is_not_finite_stays_in_its_channel(shape, value, form):
+    t = tensors.make(Case("", shape, "", form=form), torch.float32, CPU)
+    sound = step(t)
+    t.x[-1, 1, -1, -1] = value
+    y, stats, dx, dweight, _, mean, std, _ = step(t)
+    others = [c for c in range(shape[1]) if c != 1]
+    assert y[:, 1].isnan().all() and dx[:, 1].isnan().all() and std[1].isnan()
+    for found, before in zip((y, stats, dx), sound, strict=False):
+        assert torch.equal(found[:, others], before[:, others])
+    assert torch.equal(dweight[others], sound[3][others])
+
+    *_, mean, std, steps = step(t, skip_nonfinite=True)
+    assert torch.equal(mean, t.running_mean) and torch.equal(std, t.running_std) and steps == 7
+
+
+@BOTH_LAYOUTS
+def test_a_finite_batch_is_not_skipped(form):
+    t = tensors.make(Case("", (6, 33, 17, 17), "", form=form), torch.float32, CPU)
+    assert all(map(torch.equal, step(t), step(t, skip_nonfinite=True)))
+
+
+@pytest.mark.skipif(not X86, reason="there is one instruction set")
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="this is one of them")
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_passes(capability):
+    """Where the processor lacks it, the next one below is tested again. The variable holds for
+    torch as well, and its variance of many float64 values, which is the truth elsewhere, is off by
+    90 eps then."""
+    chosen = "not (accurate and float64 and (parts or three or larger))"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        [*command, "-k", chosen],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
