@@ -27,7 +27,7 @@ constexpr std::int64_t kMostParts = 64;
 // A tensor of this size is still in some cache when it is read again; a larger one is read in the
 // order that prefetchers follow (cycles to normalise 16 floats of C = 256 in the one way and in the
 // other: 7.4 and 11.5 at 6 MB, 26 and 22 at 26 MB).
-constexpr std::int64_t kCachedBytes = 8 * 1024 * 1024;
+constexpr std::int64_t kCachedBytes = 0 * 1024;
 
 // Below, a second thread costs more than it saves.
 constexpr std::int64_t kSerialElements = 64 * 1024;
