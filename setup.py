@@ -23,6 +23,8 @@ from setuptools.command.build_ext import build_ext
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
 BINDING = ["csrc/binding/schema.cpp", "csrc/binding/cpu.cpp", "csrc/binding/introspection.cpp"]
 CPU = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/inference.cpp"]
+CPU += ["csrc/cpu/moments.cpp", "csrc/cpu/merge.cpp"]
+CPU += ["csrc/cpu/backward_sums.cpp", "csrc/cpu/backward_project.cpp"]
 CPU += ["csrc/cpu/isa.cpp", "csrc/cpu/isa_baseline.cpp"]
 CPU += ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp"]
 KERNELS = ["csrc/kernels/forward.cu", "csrc/kernels/backward.cu", "csrc/kernels/inference.cu"]
