@@ -9,6 +9,7 @@ sum(dy * (x - mean)) are added up in one all_reduce, float64 [2, C].
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -26,18 +27,31 @@ from .modules import _BatchRenorm
 from .schedule import RenormSchedule
 
 
-class _NoFurther(Function):
-    """Its inputs, which cannot be differentiated again."""
+class SyncBackward(Function):
+    """dx (None unless asked for), dweight and dbias. It cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in gradients)
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        stats: Tensor,
+        total: Tensor,
+        group: Any,
+        need_x: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        sums, dweight, dbias = _ops.backward_sums(dy, x, stats)
+        # Whoever needs it here: others may need it for their dx.
+        dist.all_reduce(sums, group=group)
+        dx = _ops.backward_project(dy, x, weight, stats, sums, total) if need_x else None
+        return dx, dweight, dbias
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Gradients:
         raise NotImplementedError(
             "SyncBatchRenorm has no second derivatives where several processes normalise together: "
-            "leave create_graph=True out, or take BatchRenorm1d, 2d or 3d"
+            "take BatchRenorm1d, 2d or 3d"
         )
 
 
@@ -67,14 +81,7 @@ class SyncTraining(Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, stats, total = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        with torch.no_grad():
-            sums, dweight, dbias = _ops.backward_sums(dy, x, stats)
-            # Whoever needs it here: others may need it for their dx.
-            dist.all_reduce(sums, group=ctx.group)
-            dx = _ops.backward_project(dy, x, weight, stats, sums, total) if need_x else None
-        if torch.is_grad_enabled():  # create_graph=True
-            found = [g.requires_grad_() for g in (dx, dweight, dbias) if g is not None]
-            dx, dweight, dbias = [None] * (3 - len(found)) + list(_NoFurther.apply(*found))
+        dx, dweight, dbias = SyncBackward.apply(dy, x, weight, stats, total, ctx.group, need_x)
         return (
             dx,
             dweight if need_weight else None,
@@ -202,6 +209,14 @@ class SyncBatchRenorm(_BatchRenorm):
             dtype=dtype,
         )
         self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchRenorm:
+        """With the same group, which nothing can copy."""
+        memo[id(self.process_group)] = self.process_group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _world(self) -> int:
         if not (self.training and dist.is_available() and dist.is_initialized()):
