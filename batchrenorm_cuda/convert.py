@@ -24,7 +24,6 @@ from .schedule import RenormSchedule
 from .swap import BUFFERS, Change, Report, Skip, class_of, like, swap_layers
 from .sync import LazySyncBatchRenorm, SyncBatchRenorm
 
-
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchRenorm1d,
     nn.BatchNorm2d: BatchRenorm2d,

@@ -58,7 +58,7 @@ def states_are_close(found: nn.Module, wanted: nn.Module) -> None:
 def gradients_are_close(found: nn.Module, wanted: nn.Module) -> None:
     for (name, p), q in zip(found.named_parameters(), wanted.parameters(), strict=True):
         torch.testing.assert_close(
-            p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m: f"{name} {m}"
+            p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name} {m}"
         )
 
 
@@ -69,6 +69,7 @@ def ddp_with_the_ordinary_layer(rank: Rank) -> None:
         model = network()
         alone = [copy.deepcopy(model) for _ in range(rank.world)]
         ddp = DistributedDataParallel(model, broadcast_buffers=broadcast)
+        first: list[Tensor] = []  # rank 0's buffers
         for step in range(4):
             whole = batch(8, step)
             for p in model.parameters():
@@ -77,12 +78,12 @@ def ddp_with_the_ordinary_layer(rank: Rank) -> None:
             grads: list[list[Tensor]] = []
             for r, one in enumerate(alone):
                 if broadcast and step > 0:
-                    for mine, first in zip(one.buffers(), begun, strict=True):
-                        mine.copy_(first)
+                    for buffer, of_first in zip(one.buffers(), first, strict=True):
+                        buffer.copy_(of_first)
                 one.zero_grad()
                 loss(one(part(whole, Rank(r, rank.world)))).backward()
                 grads.append([p.grad for p in one.parameters()])
-            begun = [b.clone() for b in alone[0].buffers()]
+            first = [b.clone() for b in alone[0].buffers()]
             for p, *all_ in zip(model.parameters(), *grads, strict=True):
                 torch.testing.assert_close(p.grad, sum(all_) / rank.world, rtol=1e-9, atol=1e-12)
             states_are_close(model, alone[rank.rank])

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ def one_value_on_each_rank_is_a_batch(rank: Rank) -> None:
 
 
 def a_large_mean_loses_no_digits(rank: Rank) -> None:
-    """|mean| / std = 1e4 and more in float32: naive sums would give a variance of nothing at all."""
+    """|mean| / std = 1e4 and more in float32: naive sums would leave nothing of the variance."""
     shares = shares_of(rank.world)[1]
     whole, dy = draw(shares, (40, 40), torch.float32, mean=3e4)
     truth, wanted = prepared(BatchRenorm2d), prepared(BatchRenorm2d, torch.float32)
@@ -314,11 +315,14 @@ def counted():
     with pytest.MonkeyPatch.context() as patch:
         for name, key in ((gather, "gather"), ("all_reduce", "reduce")):
 
-            def counting(*args, original=getattr(dist, name), key=key, **kwargs):
-                counts[key] += 1
-                return original(*args, **kwargs)
+            def counting(original, key):
+                def call(*args, **kwargs):
+                    counts[key] += 1
+                    return original(*args, **kwargs)
 
-            patch.setattr(dist, name, counting)
+                return call
+
+            patch.setattr(dist, name, counting(getattr(dist, name), key))
         yield counts
 
 
@@ -340,8 +344,8 @@ def inference_exchanges_nothing(rank: Rank) -> None:
 
 
 def groups_of_some_ranks(rank: Rank) -> None:
-    """Neighbours in pairs, as for spatial or local synchronisation; and groups of one, which are the
-    ordinary layer to the last bit."""
+    """Neighbours in pairs, as for local synchronisation; and groups of one, which are the ordinary
+    layer to the last bit."""
     pairs = [dist.new_group([r, r + 1]) for r in range(0, rank.world, 2)]
     ones = [dist.new_group([r]) for r in range(rank.world)]
     whole, dy = draw([2] * rank.world, (3,))
@@ -377,7 +381,7 @@ def checkpointing_repeats_without_exchanging(rank: Rank) -> None:
     for reentrant in (False, True):
         again = copy.deepcopy(model)
         with counted() as counts:
-            found = train(lambda t, m=again: checkpoint(m, t, use_reentrant=reentrant), x, g)
+            found = train(partial(checkpoint, again, use_reentrant=reentrant), x, g)
         assert counts == {"gather": 2, "reduce": 2}
         assert all(map(torch.equal, found, wanted))
         for name, t in again.state_dict().items():
