@@ -125,12 +125,20 @@ struct BackwardProjectParams {
   const double* total = nullptr;  // [2], a Total
 };
 
-// One kernel launch each. The plan is the one that plan_forward, plan_backward or plan_inference
-// makes for the problem. Return a cudaError_t as int: cudaSuccess (0), or the error of the launch.
+// One kernel launch each. The plan is the one that plan_forward (also for moments), plan_backward
+// (also for backward_sums), plan_inference or plan_backward_project makes for the problem. Return a
+// cudaError_t as int: cudaSuccess (0), or the error of the launch.
 int launch_forward(const Problem&, const Plan&, const ForwardParams&, const Workspace&,
                    CUstream_st* stream);
 int launch_backward(const Problem&, const Plan&, const BackwardParams&, const Workspace&,
                     CUstream_st* stream);
 int launch_inference(const Problem&, const Plan&, const InferenceParams&, CUstream_st* stream);
+int launch_moments(const Problem&, const Plan&, const MomentsParams&, const Workspace&,
+                   CUstream_st* stream);
+int launch_merge(const MergeParams&, CUstream_st* stream);
+int launch_backward_sums(const Problem&, const Plan&, const BackwardSumsParams&, const Workspace&,
+                         CUstream_st* stream);
+int launch_backward_project(const Problem&, const Plan&, const BackwardProjectParams&,
+                            CUstream_st* stream);
 
 }  // namespace brn
