@@ -9,12 +9,13 @@ an installation.
 """
 
 from . import adopt, functional, reference
-from .convert import BatchRenormNd, convert, fold
+from .convert import convert, convert_sync, fold
 from .functional import batch_renorm
 from .fuse import fuse_conv_batch_renorm_eval, fuse_linear_batch_renorm_eval
 from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .schedule import RenormSchedule
+from .sync import SyncBatchRenorm
 
 __version__ = "0.1.0"
 
@@ -22,14 +23,15 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
-    "BatchRenormNd",
     "LazyBatchRenorm1d",
     "LazyBatchRenorm2d",
     "LazyBatchRenorm3d",
     "RenormSchedule",
+    "SyncBatchRenorm",
     "adopt",
     "batch_renorm",
     "convert",
+    "convert_sync",
     "fold",
     "functional",
     "fuse_conv_batch_renorm_eval",
