@@ -156,16 +156,16 @@ void row_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>
 }
 
 template <typename T>
-void row_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+void row_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
               const SumRows<RealOf<T>>& out) {
   constexpr std::int64_t kTogether = 8;
-  Centre<T> centre[kSlots<T>];
+  Lanes<T> centre[kSlots<T>];
   LaneSums<T> sums[kSlots<T>];
   struct {
     ExactSum<Lanes<T>> g, gx;
   } totals[kSlots<T>];
   for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
-    centre[slot] = {load_reals<T>(centres.pivot + c), load_reals<T>(centres.offset + c)};
+    centre[slot] = load_reals<T>(centres + c);
     totals[slot] = {};
   });
   for (std::int64_t begin = 0; begin < rows.count; begin += kTogether) {
@@ -174,7 +174,7 @@ void row_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>
       const std::int64_t at = rows.first + row * rows.stride;
       for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
         const Lanes<T> g = load(dy + at + c);
-        const LaneSums<T> more{g, g * centre[slot](load(x + at + c))};
+        const LaneSums<T> more{g, g * (load(x + at + c) - centre[slot])};
         sums[slot] = row == begin ? more : LaneSums<T>(sums[slot]) += more;
       });
     }
@@ -217,12 +217,7 @@ void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T
 }
 
 template <typename T>
-BRN_LANES Centre<T> load_centre(const Centres<RealOf<T>>& centres, std::int64_t c) {
-  return {load_reals<T>(centres.pivot + c), load_reals<T>(centres.offset + c)};
-}
-
-template <typename T>
-void wide_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                const SumRows<RealOf<T>>& out) {
   if (is_one_by_one<T>(rows)) return row_sums(rows, dy, x, centres, out);
   for_each_stretch<T>(rows, [&](std::int64_t column, std::int64_t end) BRN_INLINED {
@@ -231,14 +226,14 @@ void wide_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T
       const std::int64_t height = rows.count - row < kRows ? rows.count - row : kRows;
       touch(rows, height, dy + tile, x + tile);
       for (std::int64_t c = column; c < end; c += kLanes<T>) {
-        const Centre<T> centre = load_centre<T>(centres, c);
+        const Lanes<T> centre = load_reals<T>(centres + c);
         LaneSums<T> sums{};
         if (height == kRows) {
           sums = tile_sums(dy + tile + c, x + tile + c, rows.stride, centre);
         } else {
           for (std::int64_t k = tile + c; k < tile + c + height * rows.stride; k += rows.stride) {
             const Lanes<T> g = load(dy + k);
-            sums += {g, g * centre(load(x + k))};
+            sums += {g, g * (load(x + k) - centre)};
           }
         }
         ExactSum<Lanes<T>> g{};
@@ -296,28 +291,28 @@ BRN_LANES void for_each_vector(const Rows& rows, F f) {
 template <typename T>
 void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T* y) {
   const auto normalise = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
-    const Affine<Lanes<T>> affine{load_reals<T>(a.pivot + c), load_reals<T>(a.offset + c),
-                                  load_reals<T>(a.scale + c), load_reals<T>(a.shift + c)};
+    const CentredAffine<Lanes<T>> affine{load_reals<T>(a.centre + c), load_reals<T>(a.scale + c),
+                                         load_reals<T>(a.shift + c)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
       __builtin_prefetch(x + at + 2048 / sizeof(T));
       store(y + at, apply(affine, load(x + at)));
     }
   };
-  for_each_vector<T, 4>(rows, normalise);
+  for_each_vector<T, 3>(rows, normalise);
 }
 
 template <typename T>
-void wide_project(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+void wide_project(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                   const Projections<RealOf<T>>& p, T* dx) {
   const auto project = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
-    const Centre<T> centre = load_centre<T>(centres, c);
+    const Lanes<T> centre = load_reals<T>(centres + c);
     const Projection<Lanes<T>> projection{load_reals<T>(p.mean_g + c), load_reals<T>(p.slope + c),
                                           load_reals<T>(p.scale + c)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
-      store(dx + at, apply(projection, load(dy + at), centre(load(x + at))));
+      store(dx + at, apply(projection, load(dy + at), load(x + at) - centre));
     }
   };
-  for_each_vector<T, 5>(rows, project);
+  for_each_vector<T, 4>(rows, project);
 }
 
 }  // namespace

@@ -24,11 +24,6 @@ constexpr std::int64_t kMostParts = 64;
 // Measured, here and in the other files, on two cores of an AMD EPYC with AVX-512, 1 MB of L2 a
 // core and 32 MB of L3.
 
-// A tensor of this size is still in some cache when it is read again; a larger one is read in the
-// order that prefetchers follow (cycles to normalise 16 floats of C = 256 in the one way and in the
-// other: 7.4 and 11.5 at 6 MB, 26 and 22 at 26 MB).
-constexpr std::int64_t kCachedBytes = 0 * 1024;
-
 // Below, a second thread costs more than it saves.
 constexpr std::int64_t kSerialElements = 64 * 1024;
 
@@ -54,8 +49,7 @@ struct Slabs {
             p.spatial,
             first ? p.channels * p.spatial : p.channels,
             j * share,
-            std::min((j + 1) * share, p.reduced()),
-            p.elements() * size_of(p.dtype) <= kCachedBytes};
+            std::min((j + 1) * share, p.reduced())};
   }
 };
 
