@@ -13,6 +13,7 @@ from .convert import BatchRenormNd, convert, fold
 from .functional import batch_renorm
 from .fuse import fuse_conv_batch_renorm_eval, fuse_linear_batch_renorm_eval
 from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d
+from .limits import set_limits, set_schedule, set_steps_per_update
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .schedule import RenormSchedule
 
@@ -35,4 +36,7 @@ __all__ = [
     "fuse_conv_batch_renorm_eval",
     "fuse_linear_batch_renorm_eval",
     "reference",
+    "set_limits",
+    "set_schedule",
+    "set_steps_per_update",
 ]

@@ -223,6 +223,8 @@ def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.devic
 def _later(schedule: RenormSchedule, counter: Tensor | None) -> RenormSchedule:
     """The schedule with its start moved to where a layer's counter is."""
     steps = 0 if counter is None or counter.is_meta else int(counter)
+    per = schedule.steps_per_update
+    steps = steps / per if steps % per else steps // per
     moved = {n: getattr(schedule, n) + steps for n in ("warmup_steps", "r_max_step", "d_max_step")}
     return replace(schedule, **moved)
 

@@ -3,6 +3,7 @@ nothing else."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import init
 from ._ops import statistic_dtype
 from .arguments import FLOATS, check_numbers
 from .functional import batch_renorm
-from .schedule import RenormSchedule
+from .schedule import RenormSchedule, require_steps_per_update
 
 
 def _require_schedule(schedule: Any) -> None:
@@ -113,10 +114,53 @@ class _BatchRenorm(nn.Module):
         see the change, and the host does not wait for the device.
         """
         _require_schedule(schedule)
-        if self.schedule is None:
-            raise ValueError("schedule cannot be set on a layer with track_running_stats=False")
+        self._require_statistics("schedule cannot be set")
         self._schedule = schedule
         self.schedule.copy_(schedule.as_tensor(), non_blocking=True)
+
+    def set_limits(self, r_max: float, d_max: float) -> None:
+        """These limits from the next batch on, for good: a schedule that does not move. For a
+        trainer that decides on the limits itself, step by step.
+
+        As :meth:`set_schedule`: in place, with no wait and no recompilation.
+        """
+        limits = RenormSchedule.constant(r_max, d_max)
+        self.set_schedule(replace(limits, steps_per_update=self._schedule.steps_per_update))
+
+    def set_steps_per_update(self, steps_per_update: int, before: int | None = None) -> None:
+        """Goes on with another number of microbatches for each step of the optimiser: the limits
+        stay where they are and move on at the same pace, counted in steps of the optimiser.
+
+        num_batches_tracked, which counts microbatches, is multiplied by steps_per_update / before,
+        and so are the steps of the schedule, both in place and without waiting for the device. Call
+        it between two steps of the optimiser: a fraction of one is rounded down.
+
+        With momentum=None the average goes on, too: as if it had been over microbatches of the new
+        size from the start.
+
+        Args:
+            steps_per_update: microbatches for each step from now on, >= 1.
+            before: and until now. The default is what the schedule of the layer says. After
+                load_state_dict that is the number in the checkpoint if the layer was made with the
+                schedule that it was saved with, whatever the schedule's steps_per_update; else it
+                is 1, as a state_dict does not tell, and `before` has to.
+        """
+        require_steps_per_update(steps_per_update)
+        known = self._schedule.steps_per_update
+        if before is None:
+            before = known
+        require_steps_per_update(before, "before")
+        self._require_statistics("steps_per_update cannot be set")
+        schedule = self._schedule
+        if before != known:
+            schedule = RenormSchedule.from_tensor(schedule.as_tensor(), before)
+        self.set_schedule(replace(schedule, steps_per_update=steps_per_update))
+        counter = self.num_batches_tracked
+        counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
+
+    def _require_statistics(self, refusal: str) -> None:
+        if self.schedule is None:
+            raise ValueError(f"{refusal} on a layer with track_running_stats=False")
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
@@ -228,11 +272,19 @@ class _BatchRenorm(nn.Module):
         schedule = state_dict.get(f"{prefix}schedule")
         if schedule is None or schedule is self.schedule or schedule.is_meta:
             return self._schedule
-        state_dict[f"{prefix}schedule"] = schedule.double()
         try:
-            return RenormSchedule.from_tensor(schedule)
+            found = self._schedule.recognised_in(schedule)
         except ValueError as error:
             raise ValueError(f"{prefix}schedule: {error}") from None
+        state_dict[f"{prefix}schedule"] = found.as_tensor(schedule.device)
+        return found
+
+
+def layers_of(model: nn.Module) -> dict[str, _BatchRenorm]:
+    """The Batch Renorms of a model, each once, by its first name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchRenorm)}
 
 
 class BatchRenorm1d(_BatchRenorm):
