@@ -16,6 +16,7 @@ from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d
 from .limits import set_limits, set_schedule, set_steps_per_update
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .schedule import RenormSchedule
+from .statistics import freeze_statistics, unfreeze_statistics, update_stats
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "batch_renorm",
     "convert",
     "fold",
+    "freeze_statistics",
     "functional",
     "fuse_conv_batch_renorm_eval",
     "fuse_linear_batch_renorm_eval",
@@ -39,4 +41,6 @@ __all__ = [
     "set_limits",
     "set_schedule",
     "set_steps_per_update",
+    "unfreeze_statistics",
+    "update_stats",
 ]

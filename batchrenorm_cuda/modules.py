@@ -64,6 +64,7 @@ class _BatchRenorm(nn.Module):
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.skip_nonfinite = skip_nonfinite
+        self.statistics_frozen = False
         self._schedule = schedule
 
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -174,7 +175,7 @@ class _BatchRenorm(nn.Module):
             buffers["running_std"],
             parameters["weight"] if "weight" in parameters else self.weight,
             parameters["bias"] if "bias" in parameters else self.bias,
-            self.training or running_mean is None,
+            (self.training and not self.statistics_frozen) or running_mean is None,
             self.momentum,
             self.eps,
             num_batches_tracked=buffers["num_batches_tracked"],
@@ -200,6 +201,8 @@ class _BatchRenorm(nn.Module):
             text += ", skip_nonfinite=True"
         if self.track_running_stats:
             text += f", schedule={self._schedule}"
+        if self.statistics_frozen:
+            text += ", statistics_frozen=True"
         return text
 
     def _apply(self, fn: Any, recurse: bool = True) -> _BatchRenorm:
@@ -321,6 +324,7 @@ class BatchRenorm1d(_BatchRenorm):
             deviations, with eps in them.
         num_batches_tracked: buffer, int64: training batches seen.
         schedule: buffer, float64 [5]: see :meth:`set_schedule` and RenormSchedule.
+        statistics_frozen: attribute, not saved: see :func:`batchrenorm_cuda.freeze_statistics`.
 
     load_state_dict takes the state of a BatchNorm too: running_std = sqrt(running_var + eps), and
     the schedule stays as it is. Statistics that are not finite, or a running_std that is not
