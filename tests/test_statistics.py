@@ -304,6 +304,15 @@ def test_freezing_a_model_and_a_part_of_it():
         freeze_statistics(nn.Sequential(nn.BatchNorm1d(4)))
 
 
+def test_an_update_behind_a_frozen_layer_sees_what_inference_gives():
+    model = nn.Sequential(BatchRenorm1d(5), BatchRenorm1d(5))
+    model[0].running_mean.fill_(3), model[0].running_std.fill_(2)
+    freeze_statistics(model[0])
+    update_stats(model, batches())
+    mean = (torch.cat(batches()).mean(0) - 3) / 2
+    torch.testing.assert_close(model[1].running_mean, mean)
+
+
 def test_a_frozen_lazy_layer_stays_frozen():
     layer = LazyBatchRenorm1d()
     freeze_statistics(layer)
