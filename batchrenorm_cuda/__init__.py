@@ -9,12 +9,14 @@ an installation.
 """
 
 from . import adopt, functional, reference
+from .clipping import Clipping
 from .convert import BatchRenormNd, convert, fold
 from .functional import batch_renorm
 from .fuse import fuse_conv_batch_renorm_eval, fuse_linear_batch_renorm_eval
 from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d
 from .limits import set_limits, set_schedule, set_steps_per_update
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .monitoring import ClippingMonitor, monitor_clipping
 from .schedule import RenormSchedule
 from .statistics import freeze_statistics, unfreeze_statistics, update_stats
 
@@ -25,6 +27,8 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "BatchRenormNd",
+    "Clipping",
+    "ClippingMonitor",
     "LazyBatchRenorm1d",
     "LazyBatchRenorm2d",
     "LazyBatchRenorm3d",
@@ -37,6 +41,7 @@ __all__ = [
     "functional",
     "fuse_conv_batch_renorm_eval",
     "fuse_linear_batch_renorm_eval",
+    "monitor_clipping",
     "reference",
     "set_limits",
     "set_schedule",

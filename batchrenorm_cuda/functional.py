@@ -17,6 +17,7 @@ from .autograd import (
     apply_inference,
     apply_training,
 )
+from .clipping import counting
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
 
@@ -36,6 +37,7 @@ def batch_renorm(
     num_batches_tracked: Tensor | None = None,
     schedule: Tensor | None = None,
     skip_nonfinite: bool = False,
+    clipping: Tensor | None = None,
 ) -> Tensor:
     """Batch Renormalization of each channel of x, over the batch and all spatial positions.
 
@@ -71,6 +73,8 @@ def batch_renorm(
             num_batches_tracked, found on the device of x: nothing waits for the host.
         skip_nonfinite: leave moving statistics and counter as they are for a batch with a NaN or
             inf anywhere.
+        clipping: float64 [9, C], made by clipping.new_counts: counts to which a training step adds
+            how often and how far r and d were clipped. Needs num_batches_tracked.
 
     Returns:
         y, of the shape and dtype of x, under autocast too. It is laid out in memory as x is, if x
@@ -93,13 +97,13 @@ def batch_renorm(
     )
     if torch.compiler.is_compiling():
         check_arguments(x, weight, bias, training, *step[:8])
-        return _traced(x, _wide(weight, x), _wide(bias, x), training, step)
+        return _traced(x, _wide(weight, x), _wide(bias, x), training, step, clipping)
     try:
         weight_, bias_ = _wide(weight, x), _wide(bias, x)
         if _transforms_are_active() or forward_ad._current_level >= 0:
             return _transformed(x, weight_, bias_, training, step)
         if training:
-            return _trained(x, weight_, bias_, step)
+            return _trained(x, weight_, bias_, step, clipping)
         return _inferred(x, weight_, bias_, step)
     except (RuntimeError, TypeError, AttributeError, IndexError):
         # Bad arguments are refused below, cheaply and before anything changes; this names the one.
@@ -122,13 +126,17 @@ def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bo
     )
 
 
-def _trained(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
+def _trained(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple, clipping: Tensor | None
+) -> Tensor:
     if x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
     running_mean, running_std, num_batches_tracked, *_ = step
     known = keep = None
     if running_mean is not None and checkpoint.may_repeat():
         known, keep = checkpoint.repetition(running_mean)
+    if clipping is not None and known is None:
+        keep = counting(clipping, step, keep)
     if _wants_gradient(x, weight, bias):
         y = apply_training(x, weight, bias, step, known, keep)
     elif known is None:
@@ -175,7 +183,12 @@ def _transformed(
 
 
 def _traced(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, step: tuple
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    step: tuple,
+    clipping: Tensor | None,
 ) -> Tensor:
     """Under torch.compile and torch.export."""
     # torch.export, not strict: no gradients, so the operators themselves are the graph. Under
@@ -193,4 +206,5 @@ def _traced(
         )
     if not training:
         return Inference.apply(x, weight, bias, step[0], step[1])
-    return Training.apply(x, weight, bias, step, None, None)
+    keep = None if clipping is None else counting(clipping, step, None)
+    return Training.apply(x, weight, bias, step, None, keep)

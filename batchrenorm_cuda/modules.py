@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import init
+from torch.nn.parameter import is_lazy
 
 from ._ops import statistic_dtype
 from .arguments import FLOATS, check_numbers
+from .clipping import Clipping, new_counts
 from .functional import batch_renorm
 from .schedule import RenormSchedule, require_steps_per_update
 
@@ -66,6 +68,8 @@ class _BatchRenorm(nn.Module):
         self.skip_nonfinite = skip_nonfinite
         self.statistics_frozen = False
         self._schedule = schedule
+        # Not a buffer: it comes and goes, and DDP, FSDP and moving averages keep lists of buffers.
+        self._clipping: Tensor | None = None
 
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in FLOATS:
@@ -101,6 +105,7 @@ class _BatchRenorm(nn.Module):
         """Everything as constructed, after to_empty() too, but with the schedule that was set or
         loaded last."""
         self.reset_running_stats()
+        self.reset_clipping()
         if self.track_running_stats:
             self.schedule.copy_(self._schedule.as_tensor())
         if self.weight is not None:
@@ -159,6 +164,35 @@ class _BatchRenorm(nn.Module):
         counter = self.num_batches_tracked
         counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
 
+    @property
+    def monitors_clipping(self) -> bool:
+        return self._clipping is not None
+
+    def monitor_clipping(self, on: bool = True) -> None:
+        """Counts from now on how often and how far r and d are clipped, or no longer does.
+
+        :func:`batchrenorm_cuda.monitor_clipping` does it for a model and says more. Counts start at
+        zero, and are dropped at the end; True goes on with those there are.
+        """
+        if not on:
+            self._clipping = None
+        elif self._clipping is None:
+            self._require_statistics("clipping cannot be monitored")
+            if is_lazy(self.running_mean):
+                raise ValueError("clipping cannot be monitored before the layer has seen a batch")
+            self._clipping = new_counts(self.num_features, self.running_mean.device)
+
+    def read_clipping(self) -> Clipping:
+        """What was clipped since the start or the last reset. Waits for the device."""
+        if self._clipping is None:
+            raise ValueError("clipping must be monitored to be read: call monitor_clipping() first")
+        return Clipping.of(self._clipping)
+
+    def reset_clipping(self) -> None:
+        """Starts counting over, in place; nothing to do when clipping is not monitored."""
+        if self._clipping is not None:
+            self._clipping.zero_()
+
     def _require_statistics(self, refusal: str) -> None:
         if self.schedule is None:
             raise ValueError(f"{refusal} on a layer with track_running_stats=False")
@@ -181,6 +215,7 @@ class _BatchRenorm(nn.Module):
             num_batches_tracked=buffers["num_batches_tracked"],
             schedule=buffers["schedule"],
             skip_nonfinite=self.skip_nonfinite,
+            clipping=self._clipping,
         )
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -218,6 +253,10 @@ class _BatchRenorm(nn.Module):
                 return t.to(moved.device, dtype) if moved.dtype != dtype else moved
             return moved
 
+        if self._clipping is not None:
+            moved = fn(self._clipping)
+            exact = moved.dtype == self._clipping.dtype
+            self._clipping = moved if exact else self._clipping.to(moved.device)
         return super()._apply(kept_precise, recurse)
 
     def _load_from_state_dict(

@@ -34,9 +34,9 @@ def update_stats(
     ordinary BatchNorms are not touched. To take their statistics anew too, do so first, with
     :func:`freeze_statistics`, update_bn and :func:`unfreeze_statistics`.
 
-    num_batches_tracked, the schedule, momentum and training modes are afterwards what they were, so
-    training goes on where it was. So are the statistics of layers that are frozen or that no batch
-    has come to.
+    num_batches_tracked, the schedule, momentum, training modes and what monitors have counted are
+    afterwards what they were, so training goes on where it was. So are the statistics of layers
+    that are frozen or that no batch has come to.
 
     Args:
         model: any module, wrapped or compiled or not.
@@ -96,7 +96,7 @@ def _restored(model: nn.Module, layers: list[_BatchRenorm]) -> Iterator[None]:
             for t in (layer.num_batches_tracked, layer.schedule):
                 settings.append((t, t.clone()))
     modes = [(module, module.training) for module in model.modules()]
-    momenta = [(layer, layer.momentum) for layer in layers]
+    kept = [(layer, layer.momentum, layer._clipping) for layer in layers]
     plain = RenormSchedule.constant(1.0, 0.0).as_tensor()
     whole = False
     try:
@@ -105,6 +105,7 @@ def _restored(model: nn.Module, layers: list[_BatchRenorm]) -> Iterator[None]:
         for layer in layers:
             layer.training = True
             layer.momentum = None
+            layer._clipping = None
             layer.schedule.copy_(plain)
             layer.reset_running_stats()
         yield
@@ -112,8 +113,8 @@ def _restored(model: nn.Module, layers: list[_BatchRenorm]) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        for layer, momentum in momenta:
-            layer.momentum = momentum
+        for layer, momentum, clipping in kept:
+            layer.momentum, layer._clipping = momentum, clipping
         with torch.no_grad():
             for layer, t, before in statistics:
                 if not whole or int(layer.num_batches_tracked) == 0:

@@ -23,6 +23,7 @@ from batchrenorm_cuda import (
     BatchRenorm2d,
     RenormSchedule,
     batch_renorm,
+    clipping,
     reference,
 )
 
@@ -251,6 +252,10 @@ def test_opcheck(name, device):
         opcheck(ops.forward, (x, w, b, None, None, None, None, *numbers))
         _, stats = ops.forward(x, w, b, mean.clone(), std.clone(), None, None, *numbers)
         opcheck(ops.backward, (dy, x, w, stats))
+        before = ops.before_step(mean, std, counter)
+        counts = clipping.new_counts(x.shape[1], x.device)
+        opcheck(ops.before_step, (mean, std, counter))
+        opcheck(ops.count_clipping, (counts, stats, before, counter))
         opcheck(ops.renormalize, (x, w, b, stats))
         opcheck(ops.inference, (x, w, b, mean, std))
         opcheck(ops.inference_backward, (dy, x, w, mean, std))
@@ -259,7 +264,8 @@ def test_opcheck(name, device):
 def test_every_operator_is_checked():
     names = torch._C._dispatch_get_all_op_names()
     ours = {name.split("::")[1] for name in names if name.startswith("batchrenorm::")}
-    assert ours == {"forward", "backward", "renormalize", "inference", "inference_backward"}
+    compiled = {"forward", "backward", "renormalize", "inference", "inference_backward"}
+    assert ours == compiled | {"before_step", "count_clipping"}
 
 
 SAVES_THE_LAYER = functools.partial(
