@@ -9,6 +9,7 @@ an installation.
 """
 
 from . import adopt, functional, reference
+from .checkpoint import checkpoint_context_fn
 from .clipping import Clipping
 from .convert import BatchRenormNd, convert, fold
 from .functional import batch_renorm
@@ -35,6 +36,7 @@ __all__ = [
     "RenormSchedule",
     "adopt",
     "batch_renorm",
+    "checkpoint_context_fn",
     "convert",
     "fold",
     "freeze_statistics",

@@ -16,13 +16,18 @@ import torch._dynamo.testing
 from devices import each_device
 from torch import nn
 from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from batchrenorm_cuda import (
     BatchRenorm1d,
     BatchRenorm2d,
     RenormSchedule,
     batch_renorm,
+    checkpoint_context_fn,
     clipping,
     reference,
 )
@@ -268,11 +273,6 @@ def test_every_operator_is_checked():
     assert ours == compiled | {"before_step", "count_clipping"}
 
 
-SAVES_THE_LAYER = functools.partial(
-    create_selective_checkpoint_contexts, [torch.ops.batchrenorm.forward.default]
-)
-
-
 def blocks():
     torch.manual_seed(0)
     schedule = RenormSchedule.constant(2.0, 1.0)
@@ -282,18 +282,56 @@ def blocks():
     )
 
 
+def convolutions_too(context, op, *args, **kwargs):
+    saved = op is torch.ops.aten.convolution.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+POLICIES = {
+    "ours alone": checkpoint_context_fn,
+    "with a list": functools.partial(checkpoint_context_fn, [torch.ops.aten.convolution.default]),
+    "with a function": functools.partial(checkpoint_context_fn, convolutions_too),
+    "by hand": functools.partial(
+        create_selective_checkpoint_contexts, [torch.ops.batchrenorm.forward.default]
+    ),
+}
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_checkpointing_that_saves_the_layer_is_exact(backend):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_compiled_checkpointing_that_saves_the_layer_is_exact(policy, backend):
     model, twin = blocks(), blocks()
 
     def call(x):
-        return checkpoint(model, x, use_reentrant=False, context_fn=SAVES_THE_LAYER)
+        return checkpoint(model, x, use_reentrant=False, context_fn=POLICIES[policy])
 
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     found = steps_of(model, compiled, (4, 3, 8, 8), "cpu")
     torch.testing.assert_close(
         found, steps_of(twin, twin, (4, 3, 8, 8), "cpu"), rtol=1e-4, atol=1e-4
     )
+
+
+def test_what_was_compiled_before_is_repeated_rightly_with_the_policy():
+    """Nothing tells the library that compiled code runs in a region: without the policy its layers
+    would move their statistics twice."""
+    model, twin = blocks(), blocks()
+    compiled = torch.compile(model, fullgraph=True)
+    steps_of(model, compiled, (4, 3, 8, 8), "cpu", 1), steps_of(twin, twin, (4, 3, 8, 8), "cpu", 1)
+
+    def call(x):
+        return checkpoint(compiled, x, use_reentrant=False, context_fn=checkpoint_context_fn)
+
+    found = steps_of(model, call, (4, 3, 8, 8), "cpu")
+    want = steps_of(twin, twin, (4, 3, 8, 8), "cpu")
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_policy():
+    with pytest.raises(
+        TypeError, match="policy must be a list of operators or a function, got int"
+    ):
+        checkpoint_context_fn(3)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -313,6 +351,7 @@ def test_compiled_checkpointing_is_refused_or_right(where, backend):
         found = steps_of(model, call, (4, 3, 8, 8), "cpu")
     except Exception as error:
         assert "statistics that it has moved already" in str(error)
+        assert "context_fn=batchrenorm_cuda.checkpoint_context_fn" in str(error)
         assert model[1].num_batches_tracked == 0
     else:
         want = steps_of(twin, twin, (4, 3, 8, 8), "cpu")
