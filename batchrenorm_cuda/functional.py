@@ -127,7 +127,11 @@ def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bo
 
 
 def _trained(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple, clipping: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: tuple,
+    clipping: Tensor | None = None,
 ) -> Tensor:
     if x.numel() == x.size(1):
         raise RuntimeError("one value per channel")

@@ -31,7 +31,8 @@ class RenormSchedule:
 
     With gradient accumulation a layer sees several batches, the microbatches, for each step of the
     optimiser. `steps_per_update` says how many, and all other numbers then count the steps of the
-    optimiser. Limits go on moving in a straight line from one microbatch to the next.
+    optimiser. Limits go on moving in a straight line from one microbatch to the next. A layer's
+    momentum is still the weight of a microbatch.
 
     Args:
         warmup_steps: batches of plain Batch Normalization, >= 0.
