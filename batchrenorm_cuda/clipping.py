@@ -101,6 +101,14 @@ def counting(
 ) -> Callable[[Tensor], None]:
     """Called before a step: what is to be called with its stats. `keep` is called, too."""
     running_mean, running_std, num_batches_tracked, *_ = step
+    if running_mean is None or num_batches_tracked is None:
+        missing = "running_mean" if running_mean is None else "num_batches_tracked"
+        raise ValueError(f"{missing} must be given with clipping, got None")
+    if counts.shape != (ROWS, running_mean.numel()) or counts.dtype != torch.float64:
+        raise ValueError(
+            f"clipping must be float64 of shape ({ROWS}, {running_mean.numel()}), got "
+            f"{counts.dtype} of {tuple(counts.shape)}"
+        )
     before = before_step(running_mean, running_std, num_batches_tracked)
 
     def count(stats: Tensor) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 _STEPS = ("warmup_steps", "r_max_step", "d_max_step")
 
-# What stands for an infinite limit in the buffer. Kernels cannot tell the two apart, but averaging
-# can: a moving average of infinities is inf - inf.
+# What stands for an infinite limit in the buffer. No r or d in float32 is beyond it; but an average
+# of infinities, as torch's AveragedModel makes of buffers, is inf - inf.
 _NO_LIMIT = torch.finfo(torch.float32).max
 
 

@@ -380,6 +380,24 @@ def test_what_cannot_be_monitored():
         monitor_clipping([])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"clipping": torch.zeros(9, 3).double()}, r"clipping must be .* \(9, 4\), got"),
+        ({"clipping": torch.zeros(9, 4)}, "clipping must be float64"),
+        ({"num_batches_tracked": None}, "num_batches_tracked must be given with clipping"),
+        ({"running_mean": None, "running_std": None}, "running_mean must be given with clipping"),
+    ],
+)
+def test_bad_counts_change_nothing(arguments, message):
+    mean, std, steps = torch.zeros(4), torch.ones(4), torch.tensor(0)
+    given = {"running_mean": mean, "running_std": std, "num_batches_tracked": steps}
+    given |= {"clipping": torch.zeros(9, 4).double()} | arguments
+    with pytest.raises(ValueError, match=message):
+        functional.batch_renorm(batches()[0], training=True, **given)
+    assert mean.eq(0).all() and std.eq(1).all() and steps == 0
+
+
 @pytest.mark.gpu
 def test_counting_does_not_wait_for_the_gpu():
     layer = layer_of(device="cuda")
