@@ -22,10 +22,10 @@ from setuptools.command.build_ext import build_ext
 
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
 BINDING = ["csrc/binding/schema.cpp", "csrc/binding/cpu.cpp", "csrc/binding/introspection.cpp"]
-CPU = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/inference.cpp"]
-CPU += ["csrc/cpu/isa.cpp", "csrc/cpu/isa_baseline.cpp"]
-CPU += ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp"]
-KERNELS = ["csrc/kernels/forward.cu", "csrc/kernels/backward.cu", "csrc/kernels/inference.cu"]
+PASSES = "forward backward inference moments merge backward_sums backward_project".split()
+CPU = [f"csrc/cpu/{name}.cpp" for name in PASSES]
+CPU += [f"csrc/cpu/{name}.cpp" for name in ("isa", "isa_baseline", "isa_avx2", "isa_avx512")]
+KERNELS = [f"csrc/kernels/{name}.cu" for name in PASSES]
 CUDA, NO_CUDA = ["csrc/binding/cuda.cpp", *KERNELS], ["csrc/binding/no_cuda.cpp"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 

@@ -29,6 +29,10 @@ backward = torch.ops.batchrenorm.backward.default
 renormalize = torch.ops.batchrenorm.renormalize.default
 inference = torch.ops.batchrenorm.inference.default
 inference_backward = torch.ops.batchrenorm.inference_backward.default
+moments = torch.ops.batchrenorm.moments.default
+merge = torch.ops.batchrenorm.merge.default
+backward_sums = torch.ops.batchrenorm.backward_sums.default
+backward_project = torch.ops.batchrenorm.backward_project.default
 
 # What a repetition calls in place of forward. Selective checkpointing has not seen it the first
 # time and would refuse it.
@@ -132,3 +136,30 @@ def _(dy, x, weight, running_mean, running_std):
     _check_devices(x, dy, weight, running_mean, running_std)
     dweight = x.new_empty((x.size(1),), dtype=statistic_dtype(x.dtype))
     return empty_as_formatted(x), dweight, torch.empty_like(dweight)
+
+
+@torch.library.register_fake("batchrenorm::moments")
+def _(x, backward):
+    return x.new_empty((2 * x.size(1) + 2,), dtype=torch.float64)
+
+
+@torch.library.register_fake("batchrenorm::merge")
+def _(gathered, dtype, running_mean, running_std, num_batches_tracked, schedule, *numbers):
+    _check_devices(gathered, running_mean, running_std, num_batches_tracked, schedule)
+    channels = gathered.size(1) // 2 - 1
+    stats = gathered.new_empty((STAT_ROWS, channels), dtype=statistic_dtype(dtype))
+    return stats, gathered.new_empty((2,))
+
+
+@torch.library.register_fake("batchrenorm::backward_sums")
+def _(dy, x, stats):
+    _check_devices(x, dy, stats)
+    dweight = x.new_empty((x.size(1),), dtype=statistic_dtype(x.dtype))
+    sums = x.new_empty((2, x.size(1)), dtype=torch.float64)
+    return sums, dweight, torch.empty_like(dweight)
+
+
+@torch.library.register_fake("batchrenorm::backward_project")
+def _(dy, x, weight, stats, sums, total):
+    _check_devices(x, dy, weight, stats, sums, total)
+    return empty_as_formatted(x)

@@ -77,8 +77,11 @@ def check_arguments(
     eps: float,
     r_max: float,
     d_max: float,
+    *,
+    synchronised: bool = False,
 ) -> None:
-    """Raises the ValueError or TypeError that these arguments of batch_renorm deserve, if any."""
+    """Raises the ValueError or TypeError that these arguments of batch_renorm deserve, if any.
+    `synchronised`: other processes have more of the batch."""
     _require_tensor(x, "x")
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
@@ -124,7 +127,7 @@ def check_arguments(
         raise ValueError("num_batches_tracked must be given with momentum=None, got None")
     check_numbers(momentum, eps, r_max, d_max)
 
-    if training and x.numel() == channels:
+    if training and x.numel() == channels and not synchronised:
         raise ValueError(
             f"x must have more than one value per channel in training, got shape {tuple(x.shape)}"
         )

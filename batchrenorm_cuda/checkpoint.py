@@ -71,7 +71,7 @@ class _Tape:
         position = self._read.get(id(layer), 0)
         if position == len(stats):
             raise RuntimeError(
-                f"activation checkpointing calls a BatchRenorm layer of {stats[0].size(1)} "
+                f"activation checkpointing calls a BatchRenorm layer of {layer.size(0)} "
                 f"channels more often than the {len(stats)} times of the forward that it repeats"
             )
         self._read[id(layer)] = position + 1

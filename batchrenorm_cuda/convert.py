@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -20,22 +21,14 @@ from .arguments import HALVES, check_numbers
 from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d, _LazyBatchRenorm
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm, _require_schedule
 from .schedule import RenormSchedule
-from .swap import Change, Report, Skip, class_of, like, swap_layers
-
-
-class BatchRenormNd(_BatchRenorm):
-    """Batch Renormalization of [N, C] to [N, C, D, H, W]: what a SyncBatchNorm becomes, which does
-    not say how many dimensions its inputs have. Its statistics are those of one process. Otherwise
-    as :class:`BatchRenorm1d`."""
-
-    _dims = (2, 3, 4, 5)
-
+from .swap import BUFFERS, Change, Report, Skip, class_of, like, swap_layers
+from .sync import LazySyncBatchRenorm, SyncBatchRenorm
 
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchRenorm1d,
     nn.BatchNorm2d: BatchRenorm2d,
     nn.BatchNorm3d: BatchRenorm3d,
-    nn.SyncBatchNorm: BatchRenormNd,
+    nn.SyncBatchNorm: SyncBatchRenorm,
     nn.LazyBatchNorm1d: LazyBatchRenorm1d,
     nn.LazyBatchNorm2d: LazyBatchRenorm2d,
     nn.LazyBatchNorm3d: LazyBatchRenorm3d,
@@ -56,8 +49,9 @@ def convert(
 ) -> nn.Module:
     """Turns every BatchNorm of a model into a Batch Renorm, in place, and returns the model.
 
-    BatchNorm1d, 2d, 3d, SyncBatchNorm and the lazy ones become BatchRenorm1d, 2d, 3d, BatchRenormNd
-    and LazyBatchRenorm1d, 2d, 3d, wherever they are, the root included. Layers stay the same
+    BatchNorm1d, 2d, 3d, SyncBatchNorm and the lazy ones become BatchRenorm1d, 2d, 3d,
+    SyncBatchRenorm (with the same process_group) and LazyBatchRenorm1d, 2d, 3d, wherever they are,
+    the root included. Layers stay the same
     objects and have the same Parameters, so an optimiser may have been made before; eps,
     statistics, counter, affine, track_running_stats, dtype, device, requires_grad, training mode,
     hooks and parametrizations stay as they are. Inference stays the same, as running_std =
@@ -136,7 +130,8 @@ def fold(
     returns the model.
 
     For exporters, quantisation and fusions that know BatchNorm only; the inverse of
-    :func:`convert`, which see for what is kept. BatchRenormNd becomes SyncBatchNorm.
+    :func:`convert`, which see for what is kept. SyncBatchRenorm becomes SyncBatchNorm, with its
+    process_group.
     fold(copy.deepcopy(model)) leaves the model as it is.
 
     running_var is chosen such that 1 / sqrt(running_var + eps), rounded as torch rounds it, is
@@ -171,6 +166,58 @@ def fold(
     return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchNorm, plan, skip, report)
 
 
+_SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
+    BatchRenorm1d: SyncBatchRenorm,
+    BatchRenorm2d: SyncBatchRenorm,
+    BatchRenorm3d: SyncBatchRenorm,
+    SyncBatchRenorm: SyncBatchRenorm,
+    LazyBatchRenorm1d: LazySyncBatchRenorm,
+    LazyBatchRenorm2d: LazySyncBatchRenorm,
+    LazyBatchRenorm3d: LazySyncBatchRenorm,
+    LazySyncBatchRenorm: LazySyncBatchRenorm,
+}
+
+
+def convert_sync(
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    skip: Skip | Iterable[Skip] = (),
+    report: Callable[[Report], object] | None = None,
+) -> nn.Module:
+    """Turns every Batch Renorm of a model into a SyncBatchRenorm, in place, and returns the model.
+
+    What torch.nn.SyncBatchNorm.convert_sync_batchnorm is to a BatchNorm, which knows nothing of
+    Batch Renorm: convert_sync(convert(model)). Layers stay the same objects and have the same
+    Parameters and buffers; nothing but their class changes, and so do lazy ones, which become
+    SyncBatchRenorm with their first input. A SyncBatchRenorm gets the new group.
+
+    Convert before wrapping in DistributedDataParallel or FSDP, and in every process alike.
+
+    Args:
+        model: any module; its layers may be shared or nested.
+        process_group: which processes normalise together; None: all, the default group of
+            torch.distributed, which may be initialised later.
+        skip, report: as in :func:`convert`.
+
+    Raises:
+        ValueError, TypeError: as :func:`convert`, before anything has changed.
+    """
+    _require_model(model)
+
+    def plan(layer: nn.Module, name: str) -> Change | str:
+        base = _plain_base(class_of(layer))
+        if base not in _SYNCHRONISED:
+            return "a subclass with methods of its own"
+        if "forward" in vars(layer):
+            return "its forward has been replaced"
+        cls = like(layer, _SYNCHRONISED[base])
+        buffers = {name: t for name, t in layer._buffers.items() if name in BUFFERS}
+        return Change(layer, cls, {"process_group": process_group}, set(), buffers, {}, {})
+
+    return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchRenorm, plan, skip, report)
+
+
 def _require_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -203,8 +250,8 @@ _INERT = {
 
 
 def _plain_base(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The layer of the table that a class is, but for its constructor."""
-    table = COUNTERPARTS.keys() | COUNTERPARTS.values()
+    """The layer of the tables that a class is, but for its constructor."""
+    table = {*COUNTERPARTS, *COUNTERPARTS.values(), *_SYNCHRONISED.values()}
     for base in cls.__mro__:
         if base in table:
             return base

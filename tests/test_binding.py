@@ -70,6 +70,86 @@ def test_a_refusal_names_the_argument_and_changes_nothing(name, value, complaint
         assert torch.equal(tensor, before[key])
 
 
+def merge(gathered, dtype=torch.float32, **changes):
+    arguments = dict(
+        running_mean=torch.zeros(3), running_std=torch.ones(3),
+        num_batches_tracked=torch.tensor(0), schedule=None,
+        momentum=0.1, eps=1e-5, r_max=3.0, d_max=5.0, skip_nonfinite=False,
+    )  # fmt: skip
+    arguments.update(changes)
+    return ops.merge(gathered, dtype, *arguments.values())
+
+
+MESSAGES = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 1], [3.0, 2, 1, 6, 5, 4, 7, 0]]).double()
+
+
+@pytest.mark.parametrize(("name", "value", "complaint"), REFUSALS[4:], ids=lambda v: str(v)[:40])
+def test_merge_refuses_what_forward_refuses(name, value, complaint):
+    state = dict(
+        running_mean=torch.zeros(3), running_std=torch.ones(3), num_batches_tracked=torch.tensor(7)
+    )
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    with pytest.raises(RuntimeError, match=complaint) as refusal:
+        merge(MESSAGES, **{**state, name: value})
+    assert "csrc" not in str(refusal.value)
+    for key, tensor in state.items():
+        assert torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize(
+    ("gathered", "dtype", "complaint"),
+    [
+        (MESSAGES.float(), torch.float32, r"gathered must be float64 of shape \[ranks, 2 \* C"),
+        (MESSAGES[0], torch.float32, r"got float64 of shape \[8\]"),
+        (MESSAGES[:0], torch.float32, r"got float64 of shape \[0, 8\]"),
+        (MESSAGES[:, :7], torch.float32, r"got float64 of shape \[2, 7\]"),
+        (MESSAGES[:, :2], torch.float32, r"got float64 of shape \[2, 2\]"),
+        (MESSAGES[:, :6], torch.float32, r"running_mean must have shape \[2\], got \[3\]"),
+        (MESSAGES, torch.float64, "running_mean must be float64 for x in float64, got float32"),
+        (MESSAGES, torch.int64, "dtype must be float32, float16, bfloat16 or float64, got int64"),
+    ],
+    ids=lambda v: str(v)[:30].replace("\n", ""),
+)
+def test_merge_refuses_messages_that_are_none(gathered, dtype, complaint):
+    with pytest.raises(RuntimeError, match=complaint):
+        merge(gathered, dtype)
+
+
+def test_merge_takes_strided_messages():
+    strided = torch.stack([MESSAGES, MESSAGES], 2)[..., 0]
+    for got, wanted in zip(merge(strided), merge(MESSAGES), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("dy", torch.randn(4, 3, 6), r"dy must have the shape of x, \[4, 3, 5\]"),
+        ("dy", torch.randn(4, 3, 5).half(), "dy must be float32 as x, got float16"),
+        ("weight", torch.ones(2), r"weight must have shape \[3\]"),
+        ("stats", torch.ones(4, 3), r"stats must have shape \[5, 3\], got \[4, 3\]"),
+        ("sums", torch.ones(2, 3), r"sums must be float64 of shape \[2, 3\], got float32"),
+        ("sums", torch.ones(3, 2).double(), r"sums must be .* got float64 of shape \[3, 2\]"),
+        ("total", torch.ones(1).double(), r"total must be float64 of shape \[2\], got float64"),
+    ],
+    ids=lambda v: str(v)[:30].replace("\n", ""),
+)
+def test_backward_project_refuses(name, value, complaint):
+    arguments = dict(
+        dy=torch.randn(4, 3, 5), x=torch.randn(4, 3, 5), weight=None, stats=torch.ones(5, 3),
+        sums=torch.ones(2, 3).double(), total=torch.ones(2).double(),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=complaint):
+        ops.backward_project(*{**arguments, name: value}.values())
+
+
+@pytest.mark.parametrize("name", ["dy", "stats"])
+def test_backward_sums_refuses(name):
+    arguments = dict(dy=torch.randn(4, 3, 5), x=torch.randn(4, 3, 5), stats=torch.ones(5, 3))
+    with pytest.raises(RuntimeError, match=f"{name} must have"):
+        ops.backward_sums(*{**arguments, name: torch.ones(2, 2)}.values())
+
+
 def test_tensors_of_different_devices_are_refused():
     cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     x, column, elsewhere = torch.randn(4, 3), torch.ones(3), torch.ones(3, device="meta")
@@ -100,6 +180,13 @@ def test_x_is_refused(x, complaint):
         ops.backward(x, x, None, stats)
     with pytest.raises(RuntimeError, match=complaint):
         ops.inference_backward(x, x, None, column, column)
+    with pytest.raises(RuntimeError, match=complaint):
+        ops.moments(x, True)
+    with pytest.raises(RuntimeError, match=complaint):
+        ops.backward_sums(x, x, stats)
+    exchanged = torch.zeros(2, 3).double(), torch.zeros(2).double()
+    with pytest.raises(RuntimeError, match=complaint):
+        ops.backward_project(x, x, None, stats, *exchanged)
 
 
 def test_what_counts_needs_a_counter():
@@ -133,6 +220,17 @@ def test_what_counts_needs_a_counter():
 def test_backward_refuses(dy, stats, weight, complaint):
     with pytest.raises(RuntimeError, match=complaint):
         ops.backward(dy, torch.randn(4, 3, 5), weight, stats)
+
+
+def together(x, dy, ranks=2):
+    """What several ranks compute that all have the same batch: y, dx, dweight, dbias, stats,
+    total."""
+    message = ops.moments(x, True)
+    numbers = (None, None, None, None, 0.1, 1e-5, 1.0, 0.0, False)
+    stats, total = ops.merge(message.expand(ranks, -1), x.dtype, *numbers)
+    sums, dweight, dbias = ops.backward_sums(dy, x, stats)
+    dx = ops.backward_project(dy, x, None, stats, sums * ranks, total)
+    return ops.renormalize(x, None, None, stats), dx, dweight, dbias, stats, total
 
 
 DENSE = torch.randn(6, 5, 4, 3, generator=torch.Generator().manual_seed(2))
@@ -184,6 +282,23 @@ def test_every_memory_format_gives_the_same_values(format_, dy_format, dtype):
     rtol = 1e-4 if dtype == torch.float32 else 2e-2
     for got, wanted in zip(gradients, ops.backward(dy, dense, None, expected_stats), strict=True):
         torch.testing.assert_close(got, wanted, rtol=rtol, atol=1e-3)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ranks_of_equal_batches_compute_what_one_does(format_, dtype):
+    """The mean of both batches is that of each, and so is everything else: in every format."""
+    x = FORMATS[format_][0](DENSE.to(dtype))
+    dy = torch.randn(DENSE.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    wanted_y, wanted_stats = forward(x, weight=None, bias=None, running_mean=None, running_std=None)
+    wanted = ops.backward(dy, x, None, wanted_stats)
+    y, dx, dweight, dbias, stats, total = together(x, dy)
+    assert y.stride() == wanted_y.stride() and dx.stride() == wanted[0].stride()
+    assert total.tolist() == [2 * x.numel() / x.size(1), 2]
+    for got, want in zip((y, dx, dweight, dbias), (wanted_y, *wanted), strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(stats[0] + stats[1], wanted_stats[0] + wanted_stats[1])
+    torch.testing.assert_close(stats[2:], wanted_stats[2:])
 
 
 @pytest.mark.parametrize(
@@ -268,6 +383,26 @@ def test_an_empty_batch_changes_nothing(shape):
     assert ops.renormalize(x, None, None, stats).shape == x.shape
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0)], ids=str)
+def test_an_empty_batch_has_an_empty_message(shape):
+    x = torch.empty(shape)
+    assert ops.moments(x, False).tolist() == [0.0] * 8
+    assert ops.moments(x, True).tolist() == [0.0] * 7 + [1.0]
+    y, dx, dweight, dbias, stats, total = together(x, x)
+    assert y.shape == dx.shape == x.shape
+    assert total.tolist() == [0, 2] and not stats.any() and not dweight.any() and not dbias.any()
+
+    state = dict(
+        running_mean=torch.randn(3),
+        running_std=torch.rand(3) + 1,
+        num_batches_tracked=torch.tensor(7),
+    )
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    merge(ops.moments(x, True).expand(2, -1), **state)
+    for key, tensor in state.items():
+        assert torch.equal(tensor, before[key])
+
+
 def test_outputs_are_new_memory():
     x = torch.randn(4, 3, 5)
     y, stats = forward(x)
@@ -277,9 +412,13 @@ def test_outputs_are_new_memory():
     assert len(outputs) == 5 and not inputs & outputs
 
 
-@pytest.mark.parametrize(
-    "op", ["forward", "backward", "renormalize", "inference", "inference_backward"]
-)
+OPERATORS = [
+    "forward", "backward", "renormalize", "inference", "inference_backward",
+    "moments", "merge", "backward_sums", "backward_project",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("key", ["CPU", "CUDA"])
 def test_every_operator_is_registered_for_both_devices(op, key):
     """In a build without CUDA too, where the answer to a CUDA tensor is what to do about it."""

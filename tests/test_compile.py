@@ -265,12 +265,23 @@ def test_opcheck(name, device):
         opcheck(ops.inference, (x, w, b, mean, std))
         opcheck(ops.inference_backward, (dy, x, w, mean, std))
 
+        opcheck(ops.moments, (x, True))
+        messages = ops.moments(x, True).expand(2, -1)
+        moving = (mean.clone(), std.clone(), counter, schedule)
+        opcheck(ops.merge, (messages, x.dtype, *moving, *numbers))
+        opcheck(ops.merge, (messages, x.dtype, None, None, None, None, *numbers))
+        stats, total = ops.merge(messages, x.dtype, None, None, None, None, *numbers)
+        opcheck(ops.backward_sums, (dy, x, stats))
+        sums, _, _ = ops.backward_sums(dy, x, stats)
+        opcheck(ops.backward_project, (dy, x, w, stats, sums, total))
+
 
 def test_every_operator_is_checked():
     names = torch._C._dispatch_get_all_op_names()
     ours = {name.split("::")[1] for name in names if name.startswith("batchrenorm::")}
-    compiled = {"forward", "backward", "renormalize", "inference", "inference_backward"}
-    assert ours == compiled | {"before_step", "count_clipping"}
+    alone = {"forward", "backward", "renormalize", "inference", "inference_backward"}
+    together = {"moments", "merge", "backward_sums", "backward_project"}
+    assert ours == alone | together | {"before_step", "count_clipping"}
 
 
 def blocks():

@@ -11,8 +11,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from batchrenorm_cuda import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormSchedule
-from batchrenorm_cuda.convert import BatchRenormNd, Report, convert, fold
+from batchrenorm_cuda import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    RenormSchedule,
+    SyncBatchRenorm,
+)
+from batchrenorm_cuda.convert import Report, convert, fold
 from batchrenorm_cuda.lazy import LazyBatchRenorm2d
 
 torch.set_num_threads(1)
@@ -237,7 +243,7 @@ def test_sync_batch_norm_keeps_its_group_and_takes_any_dimension():
     norm = filled(nn.SyncBatchNorm(3, process_group="group")).eval()
     expected = [norm(torch.ones(shape)) for shape in DIMS.values()]
     layer = convert(norm)
-    assert type(layer) is BatchRenormNd
+    assert type(layer) is SyncBatchRenorm and layer.process_group == "group"
     for shape, y in zip(DIMS.values(), expected, strict=True):
         torch.testing.assert_close(layer(torch.ones(shape)), y, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="got 1D"):

@@ -123,7 +123,7 @@ BUGS = [
     ),
     Bug(
         "late partial result",
-        "kernels/forward.cu",
+        "kernels/moments.cuh",
         "  team_barrier(barrier_line(workspace, team), plan.team, rank);\n",
         "  team_barrier(barrier_line(workspace, team), plan.team, rank);\n"
         "  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);\n",
@@ -156,7 +156,7 @@ BUGS = [
     ),
     Bug(
         "mean of squares minus square of the mean",
-        "kernels/forward.cu",
+        "kernels/moments.cuh",
         "const Real delta = x[i] - centre[k];",
         "const Real delta = x[i] - Real(0) * centre[k];",
     ),
@@ -237,18 +237,62 @@ BUGS = [
         "s.r * (sums.gx * s.inv_std)",
         kernel="backward",
     ),
+    Bug(
+        "ranks of unequal shares weigh the same",
+        "core/ranks.h",
+        "Moments<double>{message[2 * channels], message[c]",
+        "Moments<double>{1.0, message[c]",
+        kernel="merge",
+    ),
+    Bug(
+        "messages read one place off",
+        "core/ranks.h",
+        "constexpr std::int64_t message_length(std::int64_t channels) { return 2 * channels + 2; }",
+        "constexpr std::int64_t message_length(std::int64_t channels) { return 2 * channels + 1; }",
+        kernel="merge",
+    ),
+    Bug(
+        "threads do not wait for the step",
+        "kernels/merge.cu",
+        "    nonfinite = 0;\n  }\n  __syncthreads();\n",
+        "    nonfinite = 0;\n  }\n",
+        kernel="merge",
+    ),
+    Bug(
+        "threads move averages before all have looked for a NaN",
+        "kernels/merge.cu",
+        "atomicOr(&nonfinite, 1u);\n    }\n    __syncthreads();\n",
+        "atomicOr(&nonfinite, 1u);\n    }\n",
+        kernel="merge",
+    ),
+    Bug(
+        "a skipped batch is counted",
+        "kernels/merge.cu",
+        "params.num_batches_tracked && moves)",
+        "params.num_batches_tracked && any)",
+        kernel="merge",
+    ),
+    Bug(
+        "every thread reads the counter that one moves",
+        "kernels/merge.cu",
+        "running, step.limits);",
+        "running, step_of<Real>(params).limits);",
+        kernel="merge",
+        says="ThreadSanitizer: data race",
+        race=True,
+    ),
 ]
 
 # Further edits that a bug needs.
 ALSO = {
     "late partial result": (
-        "kernels/forward.cu",
+        "kernels/moments.cuh",
         "  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);\n"
         "  team_barrier(",
         "  team_barrier(",
     ),
     "mean of squares minus square of the mean": (
-        "kernels/forward.cu",
+        "kernels/moments.cuh",
         "(centre[k] - pivot[k]) + mean",
         "mean - pivot[k]",
     ),
@@ -327,7 +371,7 @@ def probed(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("race", [False, True], ids=["orders", "races"])
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("kernel", ["forward", "backward", "merge"])
 def test_the_shipped_kernels_pass_the_probe(kernel: str, race: bool, tmp_path: Path):
     done = probe(None, kernel, tmp_path, race)
     assert done.returncode == 0, done.stdout + done.stderr

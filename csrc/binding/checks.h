@@ -56,32 +56,43 @@ struct DeviceOf {
   }
 };
 
-inline DType dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
+inline DType dtype_of(ScalarType dtype, const char* name) {
+  switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Double: return DType::kFloat64;
     default:
-      require(false, name, " must be float32, float16, bfloat16 or float64, got ",
-              NameOf{x.scalar_type()});
+      require(false, name, " must be float32, float16, bfloat16 or float64, got ", NameOf{dtype});
       return DType::kFloat32;
   }
 }
 
-inline ScalarType statistic_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+inline ScalarType statistic_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
+inline ScalarType statistic_type(const Tensor& x) { return statistic_type(x.scalar_type()); }
 
 inline void check_input(const Tensor& x) {
   require(x.dim() >= 2, "x must have shape [N, C, ...], got ", ShapeOf{x});
   require(x.size(1) > 0, "x must have at least one channel, got ", ShapeOf{x});
-  dtype_of(x, "x");
+  dtype_of(x.scalar_type(), "x");
 }
 
-inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
-  require(t.device() == x.device(), name, " must be on the device of x, ", DeviceOf{x}, ", got ",
-          DeviceOf{t});
+// What the tensors beside x have to fit: x itself, or, where it is not there, what is known of it.
+struct Beside {
+  Beside(const Tensor& x) : device(x), channels(x.size(1)), dtype(x.scalar_type()) {}
+  Beside(const Tensor& device_, std::int64_t channels_, ScalarType dtype_)
+      : device(device_), channels(channels_), dtype(dtype_) {}
+
+  const Tensor& device;  // any tensor there
+  std::int64_t channels;
+  ScalarType dtype;
+};
+
+inline void check_device(const Tensor& t, const Beside& x, const char* name) {
+  require(t.device() == x.device.device(), name, " must be on the device of x, ",
+          DeviceOf{x.device}, ", got ", DeviceOf{t});
 }
 
 inline void check_cotangent(const Tensor& dy, const Tensor& x) {
@@ -94,9 +105,9 @@ inline void check_cotangent(const Tensor& dy, const Tensor& x) {
 }
 
 // A tensor of one statistic, weight or bias a channel; or of `rows` of them.
-inline void check_channels(const Tensor& t, const Tensor& x, const char* name,
+inline void check_channels(const Tensor& t, const Beside& x, const char* name,
                            std::int64_t rows = 0) {
-  const std::int64_t channels = x.size(1);
+  const std::int64_t channels = x.channels;
   if (rows == 0) {
     require(t.dim() == 1 && t.size(0) == channels, name, " must have shape [", channels, "], got ",
             ShapeOf{t});
@@ -104,14 +115,29 @@ inline void check_channels(const Tensor& t, const Tensor& x, const char* name,
     require(t.dim() == 2 && t.size(0) == rows && t.size(1) == channels, name, " must have shape [",
             rows, ", ", channels, "], got ", ShapeOf{t});
   }
-  const ScalarType type = statistic_type(x);
-  require(t.scalar_type() == type, name, " must be ", NameOf{type}, " for x in ",
-          NameOf{x.scalar_type()}, ", got ", NameOf{t.scalar_type()});
+  const ScalarType type = statistic_type(x.dtype);
+  require(t.scalar_type() == type, name, " must be ", NameOf{type}, " for x in ", NameOf{x.dtype},
+          ", got ", NameOf{t.scalar_type()});
   check_device(t, x, name);
 }
 
-inline void check_channels(const OptionalTensor& t, const Tensor& x, const char* name) {
+inline void check_channels(const OptionalTensor& t, const Beside& x, const char* name) {
   if (t) check_channels(*t, x, name);
+}
+
+// What ranks exchange is float64, whatever x is.
+inline void check_exchanged(const Tensor& t, std::initializer_list<std::int64_t> shape,
+                            const Beside& x, const char* name) {
+  bool same =
+      t.scalar_type() == ScalarType::Double && t.dim() == static_cast<std::int64_t>(shape.size());
+  for (std::int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape.begin()[i];
+  std::ostringstream wanted;
+  if (!same) {
+    for (const std::int64_t size : shape) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
+  }
+  require(same, name, " must be float64 of shape [", wanted.str(), "], got ",
+          NameOf{t.scalar_type()}, " of shape ", ShapeOf{t});
+  check_device(t, x, name);
 }
 
 // What is written in place has to be written where it is.
@@ -187,7 +213,7 @@ inline Problem problem_of(const Tensor& x, Layout layout,
   p.channels = x.size(1);
   p.spatial = x.numel() / (p.batch * p.channels);
   p.layout = layout;
-  p.dtype = dtype_of(x, "x");
+  p.dtype = dtype_of(x.scalar_type(), "x");
   p.alignment = alignment_of(pointers);
   if (p.channels == 1) {  // one long row: the widest accesses
     p.spatial *= p.batch;

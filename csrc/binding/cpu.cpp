@@ -30,6 +30,17 @@ struct Cpu {
   static void inference(const Problem& p, const InferenceParams& params, const Tensor&) {
     cpu::inference(p, params, torch_threads());
   }
+  static void moments(const Problem& p, const MomentsParams& params, const Tensor&) {
+    cpu::moments(p, params, torch_threads());
+  }
+  static void merge(const MergeParams& params, const Tensor&) { cpu::merge(params); }
+  static void backward_sums(const Problem& p, const BackwardSumsParams& params, const Tensor&) {
+    cpu::backward_sums(p, params, torch_threads());
+  }
+  static void backward_project(const Problem& p, const BackwardProjectParams& params,
+                               const Tensor&) {
+    cpu::backward_project(p, params, torch_threads());
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(batchrenorm, CPU, m) { add_operators<Cpu>(m); }

@@ -99,6 +99,35 @@ struct Cuda {
     const int error = launch_inference(p, plan_inference(p, device), params, current_stream(x));
     check_launch(static_cast<cudaError_t>(error), "inference");
   }
+
+  static void moments(const Problem& p, const MomentsParams& params, const Tensor& x) {
+    const cudaStream_t stream = current_stream(x);
+    launch_team("moments", p, x, stream, false, false, plan_forward,
+                [&](const Plan& plan, const Workspace& w) {
+                  return launch_moments(p, plan, params, w, stream);
+                });
+  }
+
+  static void merge(const MergeParams& params, const Tensor& gathered) {
+    const int error = launch_merge(params, current_stream(gathered));
+    check_launch(static_cast<cudaError_t>(error), "merge");
+  }
+
+  static void backward_sums(const Problem& p, const BackwardSumsParams& params, const Tensor& x) {
+    const cudaStream_t stream = current_stream(x);
+    launch_team("backward_sums", p, x, stream, false, false, plan_backward,
+                [&](const Plan& plan, const Workspace& w) {
+                  return launch_backward_sums(p, plan, params, w, stream);
+                });
+  }
+
+  static void backward_project(const Problem& p, const BackwardProjectParams& params,
+                               const Tensor& x) {
+    const Device device{device_state(x.get_device_index()).sm_count};
+    const int error =
+        launch_backward_project(p, plan_backward_project(p, device), params, current_stream(x));
+    check_launch(static_cast<cudaError_t>(error), "backward_project");
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(batchrenorm, CUDA, m) { add_operators<Cuda>(m); }

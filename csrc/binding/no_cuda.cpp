@@ -18,6 +18,10 @@ struct NoCuda {
   static void forward(const Problem&, const ForwardParams&, const Tensor&) {}
   static void backward(const Problem&, const BackwardParams&, const Tensor&) {}
   static void inference(const Problem&, const InferenceParams&, const Tensor&) {}
+  static void moments(const Problem&, const MomentsParams&, const Tensor&) {}
+  static void merge(const MergeParams&, const Tensor&) {}
+  static void backward_sums(const Problem&, const BackwardSumsParams&, const Tensor&) {}
+  static void backward_project(const Problem&, const BackwardProjectParams&, const Tensor&) {}
 };
 
 STABLE_TORCH_LIBRARY_IMPL(batchrenorm, CUDA, m) { add_operators<NoCuda>(m); }

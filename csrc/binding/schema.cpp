@@ -33,4 +33,22 @@ STABLE_TORCH_LIBRARY(batchrenorm, m) {
       "inference_backward(Tensor dy, Tensor x, Tensor? weight, Tensor running_mean, Tensor "
       "running_std) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // A training step that several ranks take together, in four operators and two collectives of the
+  // caller: ranks gather their `message`s, float64 [2 * C + 2] (core/ranks.h), `merge` does with
+  // all of them, [ranks, 2 * C + 2], what forward does with a batch, on every rank the same, and
+  // renormalize gives y. Going back, ranks add up their `sums`, float64 [2, C] (sum of dy, sum of
+  // dy * (x - mean)), and project with them. dweight and dbias are the rank's own. `total` is
+  // float64 [2]: values of a channel, and ranks that said `backward`. `dtype` is that of x.
+  m.def("moments(Tensor x, bool backward) -> Tensor message");
+  m.def(
+      "merge(Tensor gathered, ScalarType dtype, Tensor(a!)? running_mean, Tensor(b!)? running_std, "
+      "Tensor(c!)? num_batches_tracked, Tensor? schedule, float? momentum, float eps, float r_max, "
+      "float d_max, bool skip_nonfinite) -> (Tensor stats, Tensor total)");
+  m.def(
+      "backward_sums(Tensor dy, Tensor x, Tensor stats) -> (Tensor sums, Tensor dweight, Tensor "
+      "dbias)");
+  m.def(
+      "backward_project(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor sums, Tensor "
+      "total) -> Tensor dx");
 }

@@ -312,10 +312,10 @@ constexpr Plan plan_backward(const Problem& p, const Device& device) {
 
 // No statistics, so no team has to be resident at once: one round a block, as many blocks as that
 // takes.
-constexpr Plan plan_inference(const Problem& p, const Device&) {
+constexpr Plan plan_elementwise(const Problem& p, Pass slots) {
   Plan plan;
   plan.slot_bytes = widest_slot(p);
-  plan.slots = slots_per_thread(Pass::kInference, plan.slot_bytes);
+  plan.slots = slots_per_thread(slots, plan.slot_bytes);
   plan.threads = kMaxThreads;
   if (p.layout == Layout::kChannelsLast) {
     const int lanes = plan.slot_bytes / size_of(p.dtype);
@@ -332,6 +332,14 @@ constexpr Plan plan_inference(const Problem& p, const Device&) {
   plan.share = plan.positions_per_round();
   plan.rounds = 1;
   return plan;
+}
+
+constexpr Plan plan_inference(const Problem& p, const Device&) {
+  return plan_elementwise(p, Pass::kInference);
+}
+// Two tensors to hold, as in the whole backward pass.
+constexpr Plan plan_backward_project(const Problem& p, const Device&) {
+  return plan_elementwise(p, Pass::kBackward);
 }
 
 }  // namespace brn

@@ -6,6 +6,7 @@
 // 1 read + 1 write is the floor; a slab larger than the caches is read from memory twice.
 #include "channel.h"
 #include "pages.h"
+#include "reductions.h"
 #include "slabs.h"
 
 #include <algorithm>
@@ -16,39 +17,18 @@ namespace brn::cpu {
 namespace {
 
 template <typename T>
-struct Forward {
+struct Forward : MomentsReduction<T> {
   using Real = RealOf<T>;
-  enum Fact { kPivot, kOffset, kScale, kShift, kFacts };
-  enum Row { kMean, kM2, kPartials };
+  using Reduction = MomentsReduction<T>;
+  using Reduction::kM2, Reduction::kMean, Reduction::problem, Reduction::x;
+  enum Fact { kPivot = Reduction::kPivot, kOffset, kScale, kShift, kFacts };
 
-  const Problem& problem;
   const ForwardParams& params;
   const Limits<Real> limits;
   const Real momentum;
   Real* const moved_mean;  // [C] the moving averages after this batch; null: there are none
   Real* const moved_std;
   std::atomic<bool>& finite;
-
-  const T* x() const { return static_cast<const T*>(params.x); }
-
-  void begin(const Part& slab, const Table<Real>& facts) const {
-    sweeps<T>().pivots(slab, x(), facts[kPivot]);
-  }
-
-  void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& moments) const {
-    sweeps<T>().moments(part, x(), facts[kPivot], moments[kMean], moments[kM2]);
-  }
-
-  void merge(const Part& part, const Table<Real>& moments, const Table<Real>& total) const {
-    const Real before = static_cast<Real>(part.begin);
-    const Real count = static_cast<Real>(part.end - part.begin);
-    for (std::int64_t w = 0; w < part.width; ++w) {
-      const Moments<Real> merged = brn::merge<Real>({before, total[kMean][w], total[kM2][w]},
-                                                    {count, moments[kMean][w], moments[kM2][w]});
-      total[kMean][w] = merged.mean;
-      total[kM2][w] = merged.m2;
-    }
-  }
 
   // Without moving averages the limits are 1 and 0, and what stands in for them cancels out.
   void finish(const Part& slab, const Table<Real>& total, const Table<Real>& facts) const {
@@ -91,18 +71,10 @@ struct Forward {
   }
 
   void write(const Part& part, const Table<Real>& facts) const {
-    sweeps<T>().normalise(part, x(), {facts[kPivot], facts[kOffset], facts[kScale], facts[kShift]},
+    sweeps<T>().normalise(part, x, {facts[kPivot], facts[kOffset], facts[kScale], facts[kShift]},
                           static_cast<T*>(params.y));
   }
 };
-
-template <typename Real>
-Limits<Real> limits_of(const ForwardParams& params, std::int64_t step) {
-  const double* s = params.schedule;
-  if (params.running_mean == nullptr) return {Real(1), Real(0)};
-  if (s != nullptr) return limits_at<Real>({s[0], s[1], s[2], s[3], s[4]}, step);
-  return {static_cast<Real>(params.limits.r_max), static_cast<Real>(params.limits.d_max)};
-}
 
 template <typename T>
 void forward_of(const Problem& p, const ForwardParams& params, const Parallel& parallel) {
@@ -122,10 +94,13 @@ void forward_of(const Problem& p, const ForwardParams& params, const Parallel& p
   std::atomic<bool> finite{true};
   prefer_huge_pages(params.y, p.elements() * size_of(p.dtype));
   run(cut(p), parallel,
-      Forward<T>{p, params, limits_of<Real>(params, step),
+      Forward<T>{{p, static_cast<const T*>(params.x)},
+                 params,
+                 limits_of<Real>(params, step),
                  averaging_weight<Real>(params.momentum, step),
                  wait ? waiting.data() : running_mean,
-                 wait ? waiting.data() + channels : running_std, finite});
+                 wait ? waiting.data() + channels : running_std,
+                 finite});
 
   if (params.skip_nonfinite && !finite) return;
   if (wait) {

@@ -1,7 +1,7 @@
 // The normalisation alone, with statistics at hand: reads x once and writes y, which is the floor.
 #include "channel.h"
+#include "elementwise.h"
 #include "pages.h"
-#include "slabs.h"
 
 namespace brn::cpu {
 namespace {
@@ -53,19 +53,8 @@ struct Inference {
 
 template <typename T>
 void inference_of(const Problem& p, const InferenceParams& params, const Parallel& parallel) {
-  using Pass = Inference<T>;
   prefer_huge_pages(params.y, p.elements() * size_of(p.dtype));
-  const Pass pass{p, params};
-  const Slabs slabs = cut_in_order(p);
-  for_stretches(p, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
-    const Tables<Pass> tables(1, 0, slabs.widest());
-    const auto facts = tables.facts(0);
-    for (std::int64_t k = begin; k < end; ++k) {
-      const Part part = slabs.part(k / slabs.parts, k % slabs.parts);
-      if (k == begin || part.begin == 0) pass.begin(part, facts);
-      pass.write(part, facts);
-    }
-  });
+  run_in_order(p, parallel, Inference<T>{p, params});
 }
 
 }  // namespace

@@ -23,4 +23,10 @@ void forward(const Problem&, const ForwardParams&, const Parallel&);
 void backward(const Problem&, const BackwardParams&, const Parallel&);
 void inference(const Problem&, const InferenceParams&, const Parallel&);
 
+// The passes of a step that several ranks take together. x may be empty in none but merge's.
+void moments(const Problem&, const MomentsParams&, const Parallel&);
+void merge(const MergeParams&);
+void backward_sums(const Problem&, const BackwardSumsParams&, const Parallel&);
+void backward_project(const Problem&, const BackwardProjectParams&, const Parallel&);
+
 }  // namespace brn::cpu

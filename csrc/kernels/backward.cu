@@ -9,11 +9,10 @@
 // 2 reads + 1 write is the floor, and it is met as long as a slab of both tensors fits the
 // registers of a team (plan.rounds == 1). Otherwise all rounds but the last are read again, newest
 // first.
-#include "barrier.cuh"
 #include "launch.cuh"
 #include "launch.h"
-#include "reduce.cuh"
 #include "slab.cuh"
+#include "sums.cuh"
 #include "tile.cuh"
 #include "vector.cuh"
 
@@ -22,19 +21,11 @@
 namespace brn {
 namespace {
 
-// The channel's mean, as the difference that keeps its precision: x - mean = (x - pivot) - offset.
-template <typename Real>
-struct Centre {
-  Real pivot;
-  Real offset;
-};
-
 template <typename Real>
 __device__ __forceinline__ Centre<Real> centre_of(const BackwardParams& params, const Problem& p,
                                                   int c) {
   if (!params.stats) return {static_cast<const Real*>(params.running_mean)[c], Real(0)};
-  const Real* row = static_cast<const Real*>(params.stats) + c;
-  return {row[0], row[p.channels]};
+  return brn::centre_of<Real>(params.stats, p.channels, c);
 }
 
 template <typename Real>
@@ -44,53 +35,7 @@ __device__ __forceinline__ ChannelStats<Real> stats_of(const BackwardParams& par
     return inference_stats<Real>({static_cast<const Real*>(params.running_mean)[c],
                                   static_cast<const Real*>(params.running_std)[c]});
   }
-  const Real* row = static_cast<const Real*>(params.stats) + c;
-  return {row[0], row[p.channels], row[2 * p.channels], row[3 * p.channels], row[4 * p.channels]};
-}
-
-template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels>
-__device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
-    typename Slot::Bits (&x_tile)[kSlots], typename Slot::Bits (&dy_tile)[kSlots],
-    const Centre<Real> (&centre)[kChannels]) {
-  SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
-#pragma unroll
-  for (int v = 0; v < kSlots; ++v) {  // a slot that does not exist holds dy = 0 and adds nothing
-    keep_packed(x_tile[v]);
-    keep_packed(dy_tile[v]);
-    Real x[Slot::kLanes];
-    Real dy[Slot::kLanes];
-    Slot::unpack(x_tile[v], x);
-    Slot::unpack(dy_tile[v], dy);
-    SumsOf<Real, kChannels> slot = SumsOf<Real, kChannels>::empty();
-#pragma unroll
-    for (int i = 0; i < Slot::kLanes; ++i) {
-      const int k = channel_of<kLayout>(i);
-      slot.g[k] += dy[i];
-      slot.gx[k] += dy[i] * ((x[i] - centre[k].pivot) - centre[k].offset);
-    }
-    sums.merge(slot);
-  }
-  return sums;
-}
-
-// What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
-// records in the same order.
-template <typename Real>
-__device__ __forceinline__ Sums<Real> team_sums(Sums<Real> mine, const Plan& plan, int channels,
-                                                int team, int rank, int parity,
-                                                const Workspace& workspace, Sums<Real>* records) {
-  const Partials<Real> partials(workspace, plan, channels, team, parity);
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < channels) partials.publish(rank, thread, mine.g, mine.gx);
-  team_barrier(barrier_line(workspace, team), plan.team, rank);
-
-  SumsOf<Real, 1> part = SumsOf<Real, 1>::empty();
-  for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {
-    SumsOf<Real, 1> other;
-    partials.read(r, thread % channels, other.g[0], other.gx[0]);
-    part.merge(other);
-  }
-  return block_merge(part, channels, plan.threads, records);
+  return brn::stats_of<Real>(params.stats, p.channels, c);
 }
 
 template <typename T, Layout kLayout, int kSlotBytes>

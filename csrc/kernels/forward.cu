@@ -12,8 +12,9 @@
 #include "barrier.cuh"
 #include "launch.cuh"
 #include "launch.h"
-#include "reduce.cuh"
+#include "moments.cuh"
 #include "slab.cuh"
+#include "step.cuh"
 #include "tile.cuh"
 #include "vector.cuh"
 
@@ -21,118 +22,6 @@
 
 namespace brn {
 namespace {
-
-// Values that a thread's sums are taken around: the mean of its first slot. Equal values give
-// exactly themselves, because they are added pairwise.
-template <typename Slot, Layout kLayout, typename Real, int kChannels>
-__device__ __forceinline__ void centre_of(const typename Slot::Bits& first,
-                                          Real (&centre)[kChannels]) {
-  Real x[Slot::kLanes];
-  Slot::unpack(first, x);
-#pragma unroll
-  for (int width = Slot::kLanes / 2; width >= kChannels; width /= 2) {
-#pragma unroll
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  }
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) centre[k] = x[k] * (Real(kChannels) / Real(Slot::kLanes));
-}
-
-// Moments of a tile about its own centre, in one pass: sums of delta = x - centre and of its
-// square, with m2 = sum(delta^2) - sum(delta)^2 / count. Unlike in E[x^2] - E[x]^2 that difference
-// cannot cancel: the centre is the mean of one of the tile's slots, so sum(delta)^2 / count, which
-// is count * (centre - mean)^2, is at most (slots of the tile) * m2: 8 m2, 16 with narrow slots. A
-// second pass over the registers would be worse: the compiler keeps the first one's deltas for it,
-// 200 bytes of spills (ptxas, sm_90).
-template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels, typename Walk>
-__device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
-    typename Slot::Bits (&tile)[kSlots], int left, const Walk& walk,
-    const Real (&pivot)[kChannels]) {
-  Real centre[kChannels];
-  centre_of<Slot, kLayout>(tile[0], centre);
-
-  MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
-  int count = 0;
-#pragma unroll
-  for (int v = 0; v < kSlots; ++v) {
-    const bool exists = walk.has(v, left);
-    count += exists ? Slot::kLanes / kChannels : 0;
-    keep_packed(tile[v]);
-    Real x[Slot::kLanes];
-    Slot::unpack(tile[v], x);
-    Real sum[kChannels] = {};
-    Real squares[kChannels] = {};
-#pragma unroll
-    for (int i = 0; i < Slot::kLanes; ++i) {
-      const int k = channel_of<kLayout>(i);
-      const Real delta = x[i] - centre[k];
-      sum[k] += delta;
-      squares[k] += delta * delta;
-    }
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      moments.mean[k] += exists ? sum[k] : Real(0);
-      moments.m2[k] += exists ? squares[k] : Real(0);
-    }
-  }
-
-  moments.count = static_cast<Real>(count);
-  const Real share = count > 0 ? Real(1) / moments.count : Real(0);
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    const Real mean = moments.mean[k] * share;
-    const Real m2 = moments.m2[k] - moments.mean[k] * mean;
-    moments.m2[k] = m2 < Real(0) ? Real(0) : m2;  // NaN stays
-    moments.mean[k] = count > 0 ? (centre[k] - pivot[k]) + mean : Real(0);
-  }
-  return moments;
-}
-
-// What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
-// records in the same order.
-template <typename Real>
-__device__ __forceinline__ Moments<Real> team_moments(Moments<Real> mine, const Plan& plan,
-                                                      std::int64_t positions, int lanes,
-                                                      int channels, int team, int rank, int parity,
-                                                      const Workspace& workspace,
-                                                      Moments<Real>* records) {
-  const Partials<Real> partials(workspace, plan, channels, team, parity);
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);
-  team_barrier(barrier_line(workspace, team), plan.team, rank);
-
-  MomentsOf<Real, 1> part = MomentsOf<Real, 1>::empty();
-  for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {
-    const std::int64_t left = positions - r * plan.share;
-    MomentsOf<Real, 1> other;
-    other.count = static_cast<Real>((left < plan.share ? left : plan.share) * lanes);
-    partials.read(r, thread % channels, other.mean[0], other.m2[0]);
-    part.merge(other);
-  }
-  return block_merge(part, channels, plan.threads, records);
-}
-
-// What the schedule and the counter say of this batch, before the counter moves.
-template <typename Real>
-struct Step {
-  Limits<Real> limits;
-  Real momentum;
-};
-
-__device__ __forceinline__ std::int64_t step_count(const ForwardParams& params) {
-  return params.num_batches_tracked ? *params.num_batches_tracked : 0;
-}
-
-template <typename Real>
-__device__ __forceinline__ Step<Real> step_of(const ForwardParams& params) {
-  const std::int64_t count = step_count(params);
-  const Real momentum = averaging_weight<Real>(params.momentum, count);
-  if (!params.running_mean) return {{Real(1), Real(0)}, momentum};  // no history to correct towards
-  if (const double* s = params.schedule)
-    return {limits_at<Real>({s[0], s[1], s[2], s[3], s[4]}, count), momentum};
-  return {{static_cast<Real>(params.limits.r_max), static_cast<Real>(params.limits.d_max)},
-          momentum};
-}
 
 // What a channel brings to Algorithm 1. Read before the team meets: the first block moves the
 // running statistics after that, and a block that came late would see the moved ones.
@@ -152,17 +41,6 @@ __device__ __forceinline__ ChannelState<Real> channel_state(const ForwardParams&
           load_channel(params.bias, c, Real(0)),
           {load_channel(params.running_mean, c, Real(0)),
            load_channel(params.running_std, c, Real(1))}};
-}
-
-template <typename Real>
-__device__ __forceinline__ void write_stats(const ForwardParams& params, const Problem& p, int c,
-                                            ChannelStats<Real> s) {
-  Real* row = static_cast<Real*>(params.stats) + c;
-  row[0 * p.channels] = s.pivot;
-  row[1 * p.channels] = s.offset;
-  row[2 * p.channels] = s.inv_std;
-  row[3 * p.channels] = s.r;
-  row[4 * p.channels] = s.d;
 }
 
 // With skip_nonfinite the averages wait as a proposal until the whole batch is known to be finite.
@@ -275,7 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
           total, state.pivot, static_cast<Real>(params.epsilon), state.running, step.limits);
       affines[thread] = training_affine(stats, state.weight, state.bias);
       if (walk.rank() == 0) {
-        write_stats(params, p, channel0 + thread, stats);
+        write_stats(params, p.channels, channel0 + thread, stats);
         move_running(params, p, workspace, channel0 + thread, total, state, step.momentum);
       }
     }

@@ -23,6 +23,10 @@ SOURCES = (
     "csrc/kernels/forward.cu",
     "csrc/kernels/backward.cu",
     "csrc/kernels/inference.cu",
+    "csrc/kernels/moments.cu",
+    "csrc/kernels/merge.cu",
+    "csrc/kernels/backward_sums.cu",
+    "csrc/kernels/backward_project.cu",
     "tests/simt/entry.cpp",
 )
 EMULATOR = (

@@ -366,6 +366,116 @@ class Emulator:
         out["y"] = self._logical(out["y"], problem)
         return out
 
+    def moments(
+        self, problem: Problem, x: np.ndarray, *, backward: bool = True, plan: Plan | None = None
+    ) -> np.ndarray:
+        """The message [2 * C + 2] of a rank."""
+        plan = plan or self.plan(Pass.FORWARD, problem)
+        arena = Arena(self.library)
+        control, partials, _ = self._workspace(arena, problem, plan, False, False)
+        pointers = (
+            self._tensor(arena, "x", problem, x),
+            arena("message", poison(2 * problem.channels + 2, np.float64), written=True),
+            control,
+            partials,
+        )
+        out = self._launch(problem, plan, arena, self.library.simt_moments, pointers, int(backward))
+        return _written("message", out["message"])
+
+    def merge(
+        self,
+        gathered: np.ndarray,
+        dtype: str,
+        *,
+        running_mean: np.ndarray | None = None,
+        running_std: np.ndarray | None = None,
+        num_batches_tracked: int | None = None,
+        schedule: np.ndarray | None = None,
+        limits: tuple[float, float] = (1.0, 0.0),
+        momentum: float = 0.01,
+        eps: float = 1e-5,
+        skip_nonfinite: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """stats [5, C], total [2], and the state afterwards, from messages [ranks, 2 * C + 2]."""
+        channels = gathered.shape[1] // 2 - 1
+        problem = Problem(1, channels, 1, dtype=dtype)
+        real = problem.real
+        arena = Arena(self.library)
+        counter = None if num_batches_tracked is None else np.array([num_batches_tracked], np.int64)
+        pointers = (
+            arena("gathered", _typed(gathered, np.float64)),
+            arena("running_mean", _typed(running_mean, real), written=True),
+            arena("running_std", _typed(running_std, real), written=True),
+            arena("num_batches_tracked", counter, written=True),
+            arena("schedule", _typed(schedule, np.float64)),
+            arena("stats", poison((5, channels), real), written=True),
+            arena("total", poison(2, np.float64), written=True),
+        )
+        numbers = (ctypes.c_double * 4)(*limits, momentum, eps)
+        plan = self.plan(Pass.INFERENCE, problem)
+        rest = (numbers, len(gathered), int(skip_nonfinite))
+        out = self._launch(problem, plan, arena, self.library.simt_merge, pointers, *rest)
+        out["stats"] = _written("stats", out["stats"]).reshape(5, channels)
+        _written("total", out["total"])
+        return out
+
+    def backward_sums(
+        self,
+        problem: Problem,
+        dy: np.ndarray,
+        x: np.ndarray,
+        stats: np.ndarray,
+        plan: Plan | None = None,
+    ) -> dict[str, np.ndarray]:
+        """sums [2, C], dweight [C], dbias [C]."""
+        plan = plan or self.plan(Pass.BACKWARD, problem)
+        real, channels = problem.real, problem.channels
+        arena = Arena(self.library)
+        control, partials, _ = self._workspace(arena, problem, plan, False, False)
+        pointers = (
+            self._tensor(arena, "dy", problem, dy),
+            self._tensor(arena, "x", problem, x),
+            arena("stats", _typed(stats, real)),
+            arena("sums", poison((2, channels), np.float64), written=True),
+            arena("dweight", poison(channels, real), written=True),
+            arena("dbias", poison(channels, real), written=True),
+            control,
+            partials,
+        )
+        out = self._launch(problem, plan, arena, self.library.simt_backward_sums, pointers)
+        for name in ("sums", "dweight", "dbias"):
+            _written(name, out[name])
+        out["sums"] = out["sums"].reshape(2, channels)
+        return out
+
+    def backward_project(
+        self,
+        problem: Problem,
+        dy: np.ndarray,
+        x: np.ndarray,
+        stats: np.ndarray,
+        sums: np.ndarray,
+        total: np.ndarray,
+        *,
+        weight: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """dx [N, C, S], with the sums and the count of all ranks."""
+        fields_ = (ctypes.c_int64 * 9)()
+        self.library.simt_plan_backward_project(problem.fields(), self.sm_count, fields_)
+        plan = Plan(*fields_)
+        arena = Arena(self.library)
+        pointers = (
+            self._tensor(arena, "dy", problem, dy),
+            self._tensor(arena, "x", problem, x),
+            self._output(arena, "dx", problem),
+            arena("weight", _typed(weight, problem.real)),
+            arena("stats", _typed(stats, problem.real)),
+            arena("sums", _typed(sums, np.float64)),
+            arena("total", _typed(total, np.float64)),
+        )
+        out = self._launch(problem, plan, arena, self.library.simt_backward_project, pointers)
+        return self._logical(out["dx"], problem)
+
     def _workspace(
         self,
         arena: Arena,

@@ -21,6 +21,13 @@ namespace brn {
                                   const Workspace&, CUstream_st*);
 [[gnu::weak]] int launch_inference(const Problem&, const Plan&, const InferenceParams&,
                                    CUstream_st*);
+[[gnu::weak]] int launch_moments(const Problem&, const Plan&, const MomentsParams&,
+                                 const Workspace&, CUstream_st*);
+[[gnu::weak]] int launch_merge(const MergeParams&, CUstream_st*);
+[[gnu::weak]] int launch_backward_sums(const Problem&, const Plan&, const BackwardSumsParams&,
+                                       const Workspace&, CUstream_st*);
+[[gnu::weak]] int launch_backward_project(const Problem&, const Plan&, const BackwardProjectParams&,
+                                          CUstream_st*);
 }  // namespace brn
 
 namespace {
@@ -81,6 +88,10 @@ void simt_plan(int pass, const std::int64_t* problem, int sm_count, std::int64_t
     case Pass::kBackward: write_plan(plan_backward(p, device), plan); break;
     case Pass::kInference: write_plan(plan_inference(p, device), plan); break;
   }
+}
+
+void simt_plan_backward_project(const std::int64_t* problem, int sm_count, std::int64_t* plan) {
+  write_plan(plan_backward_project(problem_of(problem), {sm_count}), plan);
 }
 
 // Completes a choice of slot, columns, slots, threads and team, so that a test can reach plans that
@@ -157,6 +168,71 @@ int simt_inference(const std::int64_t* problem, const std::int64_t* plan, void**
   params.running_mean = pointers[5];
   params.running_std = pointers[6];
   return launch_inference(problem_of(problem), plan_of(plan), params, nullptr);
+}
+
+// pointers: x, message, control, partials.
+int simt_moments(const std::int64_t* problem, const std::int64_t* plan, void** pointers,
+                 int backward) {
+  MomentsParams params;
+  params.x = pointers[0];
+  params.message = static_cast<double*>(pointers[1]);
+  params.backward = backward != 0;
+  Workspace workspace;
+  workspace.control = static_cast<unsigned*>(pointers[2]);
+  workspace.partials = pointers[3];
+  return launch_moments(problem_of(problem), plan_of(plan), params, workspace, nullptr);
+}
+
+// Of the problem only channels and dtype count, and no plan. pointers: gathered, running_mean,
+// running_std, num_batches_tracked, schedule, stats, total. numbers: r_max, d_max, momentum,
+// epsilon.
+int simt_merge(const std::int64_t* problem, const std::int64_t*, void** pointers,
+               const double* numbers, int ranks, int skip_nonfinite) {
+  const Problem p = problem_of(problem);
+  MergeParams params;
+  params.gathered = static_cast<const double*>(pointers[0]);
+  params.ranks = ranks;
+  params.channels = p.channels;
+  params.dtype = p.dtype;
+  params.running_mean = pointers[1];
+  params.running_std = pointers[2];
+  params.num_batches_tracked = static_cast<std::int64_t*>(pointers[3]);
+  params.schedule = static_cast<const double*>(pointers[4]);
+  params.stats = pointers[5];
+  params.total = static_cast<double*>(pointers[6]);
+  params.limits = {numbers[0], numbers[1]};
+  params.momentum = numbers[2];
+  params.epsilon = numbers[3];
+  params.skip_nonfinite = skip_nonfinite != 0;
+  return launch_merge(params, nullptr);
+}
+
+// pointers: dy, x, stats, sums, dweight, dbias, control, partials.
+int simt_backward_sums(const std::int64_t* problem, const std::int64_t* plan, void** pointers) {
+  BackwardSumsParams params;
+  params.dy = pointers[0];
+  params.x = pointers[1];
+  params.stats = pointers[2];
+  params.sums = static_cast<double*>(pointers[3]);
+  params.dweight = pointers[4];
+  params.dbias = pointers[5];
+  Workspace workspace;
+  workspace.control = static_cast<unsigned*>(pointers[6]);
+  workspace.partials = pointers[7];
+  return launch_backward_sums(problem_of(problem), plan_of(plan), params, workspace, nullptr);
+}
+
+// pointers: dy, x, dx, weight, stats, sums, total.
+int simt_backward_project(const std::int64_t* problem, const std::int64_t* plan, void** pointers) {
+  BackwardProjectParams params;
+  params.dy = pointers[0];
+  params.x = pointers[1];
+  params.dx = pointers[2];
+  params.weight = pointers[3];
+  params.stats = pointers[4];
+  params.sums = static_cast<const double*>(pointers[5]);
+  params.total = static_cast<const double*>(pointers[6]);
+  return launch_backward_project(problem_of(problem), plan_of(plan), params, nullptr);
 }
 
 // Marks the bytes around a tensor for AddressSanitizer; nothing without it.

@@ -1,7 +1,7 @@
 """Runs a short selection of launches from a given library and says what is wrong with the results,
 if anything.
 
-    python tests/simt/probe.py LIBRARY forward|backward [--one-schedule]
+    python tests/simt/probe.py LIBRARY forward|backward|merge [--one-schedule]
 
 A process of its own, because a kernel with a planted bug may crash or never end. Exit status 1 and
 a line that begins with CAUGHT: the numbers are off, the bits depend on the schedule, a write went
@@ -79,10 +79,62 @@ def outcome(emulator: Emulator, which: Pass, problem: Problem, plan, data) -> di
     return {name: got[name] for name in names}
 
 
+def merged(emulator: Emulator, channels: int, whole: np.ndarray, state: dict) -> dict:
+    """Of three ranks, one of them empty, and with more channels than threads."""
+    shares = [whole[:1], whole[:0], whole[1:]]
+    gathered = np.zeros((3, 2 * channels + 2))
+    for message, share in zip(gathered, shares, strict=True):
+        if share.size:
+            message[:channels] = share.mean((0, 2))
+            message[channels:-2] = share.var((0, 2)) * share.shape[0] * share.shape[2]
+        message[-2:] = share.shape[0] * share.shape[2], 1
+    step = {"num_batches_tracked": 3, "schedule": np.array([3, 3.0, 3, 5.0, 3]), "momentum": -1.0}
+    got = emulator.merge(gathered, "float32", **state, **step)
+    kept = emulator.merge(gathered, "float32", skip_nonfinite=True, **state, **step)
+    gathered[0, channels - 1] = np.nan
+    skipped = emulator.merge(gathered, "float32", skip_nonfinite=True, **state, **step)
+    want = truth.forward(whole, **state, **step)
+    want["stats"] = np.array([want[k] for k in ("inv_std", "r", "d")])
+    got["stats"] = got["stats"][2:]
+    for name in ("stats", "running_mean", "running_std", "num_batches_tracked"):
+        error = scaled_error(got[name], want[name])
+        if not error < 3e-6:
+            raise AssertionError(f"{name} is off by {error:.1e}")
+        if name != "stats" and kept[name].tobytes() != got[name].tobytes():
+            raise AssertionError(f"{name} differs with skip_nonfinite")
+    for name in ("running_mean", "running_std"):
+        if skipped[name].tobytes() != state[name].tobytes():
+            raise AssertionError(f"{name} of a skipped batch has moved")
+    if skipped["num_batches_tracked"] != 3 or got["total"].tolist() != [whole[:, 0].size, 3]:
+        raise AssertionError("counted wrongly")
+    return got
+
+
+def probe_merge(emulator: Emulator, schedules: list[Schedule]) -> None:
+    rng = np.random.default_rng(0)
+    for channels in (5, 600):
+        whole = rng.standard_normal((4, channels, 6)) * 2 + np.arange(4).reshape(-1, 1, 1)
+        state = {
+            "running_mean": rng.standard_normal(channels).astype(np.float32),
+            "running_std": np.exp(rng.standard_normal(channels)).astype(np.float32),
+        }
+        first = None
+        for emulator.schedule in schedules:
+            try:
+                got = merged(emulator, channels, whole, state)
+                first = first or got
+                if any(value.tobytes() != first[name].tobytes() for name, value in got.items()):
+                    raise AssertionError("the result depends on the order of events")
+            except (AssertionError, RuntimeError) as error:
+                sys.exit(f"CAUGHT {channels} channels, {emulator.schedule}: {error}")
+
+
 def main() -> None:
     emulator = Emulator(sys.argv[1])
-    which = Pass[sys.argv[2].upper()]
     schedules = [Schedule(Order.RANDOM, 1)] if "--one-schedule" in sys.argv else SCHEDULES
+    if sys.argv[2] == "merge":
+        return probe_merge(emulator, schedules)
+    which = Pass[sys.argv[2].upper()]
     rng = np.random.default_rng(0)
     for problem, sm_count, choice in CASES:
         n, c, s = problem.shape

@@ -1,0 +1,120 @@
+// The reducing halves of a pass (see run() in slabs.h), each shared by two passes: the forward pass
+// and the moments of one rank; the backward pass and the sums of one rank.
+#pragma once
+
+#include "channel.h"
+#include "element.h"
+#include "isa.h"
+#include "slabs.h"
+
+#include <cstdint>
+
+namespace brn::cpu {
+
+template <typename T>
+struct MomentsReduction {
+  using Real = RealOf<T>;
+  enum Fact { kPivot };
+  enum Row { kMean, kM2, kPartials };
+
+  const Problem& problem;
+  const T* x;
+
+  void begin(const Part& slab, const Table<Real>& facts) const {
+    sweeps<T>().pivots(slab, x, facts[kPivot]);
+  }
+
+  void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& moments) const {
+    sweeps<T>().moments(part, x, facts[kPivot], moments[kMean], moments[kM2]);
+  }
+
+  void merge(const Part& part, const Table<Real>& moments, const Table<Real>& total) const {
+    const Real before = static_cast<Real>(part.begin);
+    const Real count = static_cast<Real>(part.end - part.begin);
+    for (std::int64_t w = 0; w < part.width; ++w) {
+      const Moments<Real> merged = brn::merge<Real>({before, total[kMean][w], total[kM2][w]},
+                                                    {count, moments[kMean][w], moments[kM2][w]});
+      total[kMean][w] = merged.mean;
+      total[kM2][w] = merged.m2;
+    }
+  }
+};
+
+// What a channel's sums come to, in twice the precision of Real.
+struct ExactSums {
+  double g;
+  double gx;
+};
+
+template <typename Real>
+struct SumsChunk {
+  Chunk<Real> g, g_error, gx, gx_error;
+
+  // The error of an infinite sum is NaN.
+  static double exact(Real sum, Real error) {
+    return error == error ? static_cast<double>(sum) + static_cast<double>(error)
+                          : static_cast<double>(sum);
+  }
+  ExactSums exact(std::int64_t k) const {
+    return {exact(g[k], g_error[k]), exact(gx[k], gx_error[k])};
+  }
+  Sums<Real> operator[](std::int64_t k) const {
+    const ExactSums sums = exact(k);
+    return {static_cast<Real>(sums.g), static_cast<Real>(sums.gx)};
+  }
+};
+
+// stats null: inference, around the moving mean.
+template <typename T>
+struct SumsReduction {
+  using Real = RealOf<T>;
+  enum Fact { kPivot, kOffset };
+  enum Row { kG, kGError, kGx, kGxError, kPartials };
+
+  const Problem& problem;
+  const T* dy;
+  const T* x;
+  const void* stats;
+  const void* running_mean;
+  const void* running_std;
+
+  bool training() const { return stats != nullptr; }
+
+  StatsChunk<Real> stats_of(std::int64_t c, std::int64_t n) const {
+    return training() ? StatsChunk<Real>::load(at<Real>(stats, c), problem.channels, n)
+                      : StatsChunk<Real>::of_running(at<Real>(running_mean, c),
+                                                     at<Real>(running_std, c), n);
+  }
+
+  SumsChunk<Real> sums_of(const Table<Real>& total, std::int64_t w, std::int64_t n) const {
+    return {Chunk<Real>::load(total[kG] + w, n), Chunk<Real>::load(total[kGError] + w, n),
+            Chunk<Real>::load(total[kGx] + w, n), Chunk<Real>::load(total[kGxError] + w, n)};
+  }
+
+  void begin(const Part& slab, const Table<Real>& facts) const {
+    for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
+      const StatsChunk<Real> s = stats_of(slab.channel + w, n);
+      s.pivot.store(facts[kPivot] + w, n);
+      s.offset.store(facts[kOffset] + w, n);
+    });
+  }
+
+  void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& sums) const {
+    sweeps<T>().sums(part, dy, x, {facts[kPivot], facts[kOffset]},
+                     {sums[kG], sums[kGError], sums[kGx], sums[kGxError]});
+  }
+
+  void merge(const Part& part, const Table<Real>& sums, const Table<Real>& total) const {
+    for (const Row row : {kG, kGx}) {
+      const Row error = static_cast<Row>(row + 1);
+      for (std::int64_t w = 0; w < part.width; ++w) {
+        const double both = SumsChunk<Real>::exact(total[row][w], total[error][w]) +
+                            SumsChunk<Real>::exact(sums[row][w], sums[error][w]);
+        total[row][w] = static_cast<Real>(both);
+        total[error][w] = static_cast<Real>(both - static_cast<double>(total[row][w]));
+      }
+    }
+  }
+};
+
+}  // namespace brn::cpu

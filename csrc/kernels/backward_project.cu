@@ -1,0 +1,92 @@
+// dx of one rank, with the sums of all, in one launch: 2 reads + 1 write, the floor. Blocks never
+// meet: `team` is only the number of blocks that a slab is cut into, one round each.
+#include "../core/ranks.h"
+#include "launch.cuh"
+#include "launch.h"
+#include "slab.cuh"
+#include "sums.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+namespace {
+
+template <typename Real>
+__device__ __forceinline__ Projection<Real> projection_of(const BackwardProjectParams& params,
+                                                          const Problem& p, int c) {
+  const Sums<Real> sums = {static_cast<Real>(params.sums[c]),
+                           static_cast<Real>(params.sums[p.channels + c])};
+  return projection(sums, static_cast<Real>(params.total[0]),
+                    stats_of<Real>(params.stats, p.channels, c),
+                    load_channel(params.weight, c, Real(1)), true);
+}
+
+template <typename T, Layout kLayout, int kSlotBytes>
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
+    backward_project_kernel(Problem p, Plan plan, Stride stride, BackwardProjectParams params) {
+  using Slot = brn::Slot<T, kSlotBytes>;
+  using Real = RealOf<T>;
+  constexpr int kSlots = slots_per_thread(Pass::kBackward, kSlotBytes);
+  constexpr int kChannels = kThreadChannels<Slot, kLayout>;
+
+  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const int channel0 = walk.team() * plan.columns * kChannels;
+  const int mine = walk.column() * kChannels;
+  if (channel0 + mine >= p.channels) return;
+  const std::int64_t slab_offset =
+      kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+  const T* x = static_cast<const T*>(params.x) + slab_offset;
+  const T* dy = static_cast<const T*>(params.dy) + slab_offset;
+  T* dx = static_cast<T*>(params.dx) + slab_offset;
+
+  const int left = walk.left(0);
+  const Cursor first = walk.begin(p, 0);
+  Cursor cursor = first;
+  typename Slot::Bits x_tile[kSlots];
+  typename Slot::Bits dy_tile[kSlots];
+  load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
+
+  Centre<Real> centre[kChannels];
+  Projection<Real> projected[kChannels];
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    centre[k] = centre_of<Real>(params.stats, p.channels, channel0 + mine + k);
+    projected[k] = projection_of<Real>(params, p, channel0 + mine + k);
+  }
+
+  cursor = first;
+  forget_the_way(cursor);
+#pragma unroll
+  for (int v = 0; v < kSlots; ++v) {
+    if (walk.has(v, left)) {
+      keep_packed(x_tile[v]);
+      keep_packed(dy_tile[v]);
+      Real value[Slot::kLanes];
+      Real g[Slot::kLanes];
+      Slot::unpack(x_tile[v], value);
+      Slot::unpack(dy_tile[v], g);
+#pragma unroll
+      for (int i = 0; i < Slot::kLanes; ++i) {
+        const int k = channel_of<kLayout>(i);
+        value[i] = apply(projected[k], g[i], (value[i] - centre[k].pivot) - centre[k].offset);
+      }
+      Slot::store(dx + cursor.offset, value);
+    }
+    walk.advance(cursor);
+  }
+}
+
+}  // namespace
+
+int launch_backward_project(const Problem& p, const Plan& plan, const BackwardProjectParams& params,
+                            cudaStream_t stream) {
+  return dispatch(p, plan, [&](auto variant) {
+    using V = decltype(variant);
+    return launch(backward_project_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, false,
+                  stream, p, plan, stride(p, plan), params);
+  });
+}
+
+}  // namespace brn

@@ -1,0 +1,85 @@
+// One rank's reductions of the backward pass of a step that several take together, and its dweight
+// and dbias, in one launch: the first half of backward.cu. 1 read of x and of dy is the floor, and
+// it is met.
+#include "launch.cuh"
+#include "launch.h"
+#include "slab.cuh"
+#include "sums.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+namespace {
+
+template <typename T, Layout kLayout, int kSlotBytes>
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
+    backward_sums_kernel(Problem p, Plan plan, Stride stride, BackwardSumsParams params,
+                         Workspace workspace) {
+  using Slot = brn::Slot<T, kSlotBytes>;
+  using Real = RealOf<T>;
+  constexpr int kSlots = slots_per_thread(Pass::kBackward, kSlotBytes);
+  constexpr int kChannels = kThreadChannels<Slot, kLayout>;
+  constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
+  __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
+
+  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int channels = plan.columns * kChannels;
+
+  int parity = 0;
+  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
+    const int channel0 = slab * channels;
+    const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
+    const bool in_range = kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels;
+    const std::int64_t slab_offset =
+        kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+    const T* x = static_cast<const T*>(params.x) + slab_offset;
+    const T* dy = static_cast<const T*>(params.dy) + slab_offset;
+
+    Centre<Real> centre[kChannels];
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      centre[k] =
+          centre_of<Real>(params.stats, p.channels, in_range ? channel0 + mine + k : channel0);
+    }
+
+    typename Slot::Bits x_tile[kSlots];
+    typename Slot::Bits dy_tile[kSlots];
+    SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
+    for (int round = 0; round < plan.rounds; ++round) {
+      const int left = in_range ? walk.left(round) : 0;
+      Cursor cursor = walk.begin(p, round);
+      load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
+      sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
+    }
+
+    Sums<Real> total = block_merge(sums, plan.columns, plan.threads, records);
+    if (plan.team > 1)
+      total =
+          team_sums(total, plan, channels, walk.team(), walk.rank(), parity, workspace, records);
+    const int c = channel0 + thread;
+    if (walk.rank() == 0 && thread < channels && c < p.channels) {
+      const ChannelStats<Real> stats = stats_of<Real>(params.stats, p.channels, c);
+      params.sums[c] = static_cast<double>(total.g);
+      params.sums[p.channels + c] = static_cast<double>(total.gx);
+      static_cast<Real*>(params.dweight)[c] = weight_gradient(total, stats);
+      static_cast<Real*>(params.dbias)[c] = total.g;
+    }
+    __syncthreads();  // before the next slab's records
+  }
+}
+
+}  // namespace
+
+int launch_backward_sums(const Problem& p, const Plan& plan, const BackwardSumsParams& params,
+                         const Workspace& workspace, cudaStream_t stream) {
+  return dispatch(p, plan, [&](auto variant) {
+    using V = decltype(variant);
+    return launch(backward_sums_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan,
+                  plan.team > 1, stream, p, plan, stride(p, plan), params, workspace);
+  });
+}
+
+}  // namespace brn

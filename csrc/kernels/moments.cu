@@ -1,0 +1,83 @@
+// One rank's message of a step that several take together, in one launch: the first half of
+// forward.cu. 1 read of x is the floor, and it is met.
+#include "../core/ranks.h"
+#include "launch.cuh"
+#include "launch.h"
+#include "moments.cuh"
+#include "slab.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+namespace {
+
+template <typename T, Layout kLayout, int kSlotBytes>
+__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
+    moments_kernel(Problem p, Plan plan, Stride stride, MomentsParams params, Workspace workspace) {
+  using Slot = brn::Slot<T, kSlotBytes>;
+  using Real = RealOf<T>;
+  constexpr int kSlots = slots_per_thread(Pass::kForward, kSlotBytes);
+  constexpr int kChannels = kThreadChannels<Slot, kLayout>;
+  constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
+  __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
+  __shared__ Real pivots[kSlab];
+
+  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int channels = plan.columns * kChannels;
+
+  int parity = 0;
+  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
+    const int channel0 = slab * channels;
+    const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
+    const bool in_range = kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels;
+    const T* x = static_cast<const T*>(params.x) +
+                 (kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0);
+
+    Real pivot[kChannels];
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) pivot[k] = load_element(x + (in_range ? mine + k : 0));
+
+    typename Slot::Bits tile[kSlots];
+    MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
+    for (int round = 0; round < plan.rounds; ++round) {
+      const int left = in_range ? walk.left(round) : 0;
+      Cursor cursor = walk.begin(p, round);
+      load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
+      if (round == 0 && thread < channels && channel0 + thread < p.channels)
+        pivots[thread] = load_element(x + (kLayout == Layout::kChannelsFirst ? 0 : thread));
+      moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
+    }
+
+    Moments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
+    if (plan.team > 1) {
+      total = team_moments(total, plan, stride.positions, Slot::kLanes / kChannels, channels,
+                           walk.team(), walk.rank(), parity, workspace, records);
+    }
+    if (walk.rank() == 0 && thread < channels && channel0 + thread < p.channels) {
+      double* mean = params.message + channel0 + thread;
+      mean[0] = static_cast<double>(pivots[thread]) + static_cast<double>(total.mean);
+      mean[p.channels] = static_cast<double>(total.m2);
+    }
+    __syncthreads();  // before the next slab's records
+  }
+  if (blockIdx.x == 0 && thread == 0) {
+    params.message[2 * p.channels] = static_cast<double>(p.reduced());
+    params.message[2 * p.channels + 1] = params.backward ? 1.0 : 0.0;
+  }
+}
+
+}  // namespace
+
+int launch_moments(const Problem& p, const Plan& plan, const MomentsParams& params,
+                   const Workspace& workspace, cudaStream_t stream) {
+  return dispatch(p, plan, [&](auto variant) {
+    using V = decltype(variant);
+    return launch(moments_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, plan.team > 1,
+                  stream, p, plan, stride(p, plan), params, workspace);
+  });
+}
+
+}  // namespace brn

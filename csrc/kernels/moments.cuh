@@ -1,0 +1,104 @@
+// The moments of a slab: of the tile in a thread's registers, and of all that the team holds.
+#pragma once
+
+#include "barrier.cuh"
+#include "launch.h"
+#include "reduce.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+#include <cuda_runtime.h>
+
+namespace brn {
+
+// Values that a thread's sums are taken around: the mean of its first slot. Equal values give
+// exactly themselves, because they are added pairwise.
+template <typename Slot, Layout kLayout, typename Real, int kChannels>
+__device__ __forceinline__ void centre_of(const typename Slot::Bits& first,
+                                          Real (&centre)[kChannels]) {
+  Real x[Slot::kLanes];
+  Slot::unpack(first, x);
+#pragma unroll
+  for (int width = Slot::kLanes / 2; width >= kChannels; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) centre[k] = x[k] * (Real(kChannels) / Real(Slot::kLanes));
+}
+
+// Moments of a tile about its own centre, in one pass: sums of delta = x - centre and of its
+// square, with m2 = sum(delta^2) - sum(delta)^2 / count. Unlike in E[x^2] - E[x]^2 that difference
+// cannot cancel: the centre is the mean of one of the tile's slots, so sum(delta)^2 / count, which
+// is count * (centre - mean)^2, is at most (slots of the tile) * m2: 8 m2, 16 with narrow slots. A
+// second pass over the registers would be worse: the compiler keeps the first one's deltas for it,
+// 200 bytes of spills (ptxas, sm_90).
+template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels, typename Walk>
+__device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
+    typename Slot::Bits (&tile)[kSlots], int left, const Walk& walk,
+    const Real (&pivot)[kChannels]) {
+  Real centre[kChannels];
+  centre_of<Slot, kLayout>(tile[0], centre);
+
+  MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
+  int count = 0;
+#pragma unroll
+  for (int v = 0; v < kSlots; ++v) {
+    const bool exists = walk.has(v, left);
+    count += exists ? Slot::kLanes / kChannels : 0;
+    keep_packed(tile[v]);
+    Real x[Slot::kLanes];
+    Slot::unpack(tile[v], x);
+    Real sum[kChannels] = {};
+    Real squares[kChannels] = {};
+#pragma unroll
+    for (int i = 0; i < Slot::kLanes; ++i) {
+      const int k = channel_of<kLayout>(i);
+      const Real delta = x[i] - centre[k];
+      sum[k] += delta;
+      squares[k] += delta * delta;
+    }
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      moments.mean[k] += exists ? sum[k] : Real(0);
+      moments.m2[k] += exists ? squares[k] : Real(0);
+    }
+  }
+
+  moments.count = static_cast<Real>(count);
+  const Real share = count > 0 ? Real(1) / moments.count : Real(0);
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    const Real mean = moments.mean[k] * share;
+    const Real m2 = moments.m2[k] - moments.mean[k] * mean;
+    moments.m2[k] = m2 < Real(0) ? Real(0) : m2;  // NaN stays
+    moments.mean[k] = count > 0 ? (centre[k] - pivot[k]) + mean : Real(0);
+  }
+  return moments;
+}
+
+// What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
+// records in the same order.
+template <typename Real>
+__device__ __forceinline__ Moments<Real> team_moments(Moments<Real> mine, const Plan& plan,
+                                                      std::int64_t positions, int lanes,
+                                                      int channels, int team, int rank, int parity,
+                                                      const Workspace& workspace,
+                                                      Moments<Real>* records) {
+  const Partials<Real> partials(workspace, plan, channels, team, parity);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);
+  team_barrier(barrier_line(workspace, team), plan.team, rank);
+
+  MomentsOf<Real, 1> part = MomentsOf<Real, 1>::empty();
+  for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {
+    const std::int64_t left = positions - r * plan.share;
+    MomentsOf<Real, 1> other;
+    other.count = static_cast<Real>((left < plan.share ? left : plan.share) * lanes);
+    partials.read(r, thread % channels, other.mean[0], other.m2[0]);
+    part.merge(other);
+  }
+  return block_merge(part, channels, plan.threads, records);
+}
+
+}  // namespace brn

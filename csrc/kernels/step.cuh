@@ -1,0 +1,42 @@
+// What a training step reads beside the batch, and the statistics that it leaves.
+#pragma once
+
+#include "../core/math.h"
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace brn {
+
+// What the schedule and the counter say of this batch, before the counter moves.
+template <typename Real>
+struct Step {
+  Limits<Real> limits;
+  Real momentum;
+};
+
+__device__ __forceinline__ std::int64_t step_count(const StepParams& params) {
+  return params.num_batches_tracked ? *params.num_batches_tracked : 0;
+}
+
+template <typename Real>
+__device__ __forceinline__ Step<Real> step_of(const StepParams& params) {
+  const std::int64_t count = step_count(params);
+  const Real momentum = averaging_weight<Real>(params.momentum, count);
+  return {limits_of<Real>(params, count), momentum};
+}
+
+template <typename Real>
+__device__ __forceinline__ void write_stats(const StepParams& params, std::int64_t channels, int c,
+                                            ChannelStats<Real> s) {
+  Real* row = static_cast<Real*>(params.stats) + c;
+  row[0 * channels] = s.pivot;
+  row[1 * channels] = s.offset;
+  row[2 * channels] = s.inv_std;
+  row[3 * channels] = s.r;
+  row[4 * channels] = s.d;
+}
+
+}  // namespace brn

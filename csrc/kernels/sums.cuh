@@ -1,0 +1,82 @@
+// The reductions of the backward pass over a slab: of the tiles in a thread's registers, and of all
+// that the team holds.
+#pragma once
+
+#include "barrier.cuh"
+#include "launch.h"
+#include "reduce.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace brn {
+
+// The channel's mean, as the difference that keeps its precision: x - mean = (x - pivot) - offset.
+template <typename Real>
+struct Centre {
+  Real pivot;
+  Real offset;
+};
+
+template <typename Real>
+__device__ __forceinline__ Centre<Real> centre_of(const void* stats, std::int64_t channels, int c) {
+  const Real* row = static_cast<const Real*>(stats) + c;
+  return {row[0], row[channels]};
+}
+
+template <typename Real>
+__device__ __forceinline__ ChannelStats<Real> stats_of(const void* stats, std::int64_t channels,
+                                                       int c) {
+  const Real* row = static_cast<const Real*>(stats) + c;
+  return {row[0], row[channels], row[2 * channels], row[3 * channels], row[4 * channels]};
+}
+
+template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels>
+__device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
+    typename Slot::Bits (&x_tile)[kSlots], typename Slot::Bits (&dy_tile)[kSlots],
+    const Centre<Real> (&centre)[kChannels]) {
+  SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
+#pragma unroll
+  for (int v = 0; v < kSlots; ++v) {  // a slot that does not exist holds dy = 0 and adds nothing
+    keep_packed(x_tile[v]);
+    keep_packed(dy_tile[v]);
+    Real x[Slot::kLanes];
+    Real dy[Slot::kLanes];
+    Slot::unpack(x_tile[v], x);
+    Slot::unpack(dy_tile[v], dy);
+    SumsOf<Real, kChannels> slot = SumsOf<Real, kChannels>::empty();
+#pragma unroll
+    for (int i = 0; i < Slot::kLanes; ++i) {
+      const int k = channel_of<kLayout>(i);
+      slot.g[k] += dy[i];
+      slot.gx[k] += dy[i] * ((x[i] - centre[k].pivot) - centre[k].offset);
+    }
+    sums.merge(slot);
+  }
+  return sums;
+}
+
+// What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
+// records in the same order.
+template <typename Real>
+__device__ __forceinline__ Sums<Real> team_sums(Sums<Real> mine, const Plan& plan, int channels,
+                                                int team, int rank, int parity,
+                                                const Workspace& workspace, Sums<Real>* records) {
+  const Partials<Real> partials(workspace, plan, channels, team, parity);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < channels) partials.publish(rank, thread, mine.g, mine.gx);
+  team_barrier(barrier_line(workspace, team), plan.team, rank);
+
+  SumsOf<Real, 1> part = SumsOf<Real, 1>::empty();
+  for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {
+    SumsOf<Real, 1> other;
+    partials.read(r, thread % channels, other.g[0], other.gx[0]);
+    part.merge(other);
+  }
+  return block_merge(part, channels, plan.threads, records);
+}
+
+}  // namespace brn
