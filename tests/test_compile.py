@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and the checks of torch.library: the layer as a graph.
+"""torch.compile and the checks of torch.library: the layer as a graph.
 
 A Batch Renormalization in plain torch operations gets silently wrong gradients from torch.compile,
 which recomputes r from statistics that have moved; so every gradient here is compared with eager's,
@@ -157,26 +157,6 @@ def test_bad_arguments_do_not_compile():
     compiled = torch.compile(lambda x: batch_renorm(x, None, None, training=True), fullgraph=True)
     with pytest.raises(Exception, match="more than one value per channel"):
         compiled(torch.ones(1, 3))
-
-
-@MODES
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
-def test_export(strict, training):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4, momentum=0.3)).train(training)
-    twin = copy.deepcopy(model)
-    x = torch.randn(4, 3, 8, 8)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=({0: batch},))
-    if not strict:
-        assert "torch.ops.batchrenorm." in program.graph_module.code
-    exported = program.module()
-    for n in (4, 7):
-        x = torch.randn(n, 3, 8, 8)
-        torch.testing.assert_close(exported(x), twin(x), rtol=1e-5, atol=1e-5)
-    for name, t in exported.state_dict().items():
-        torch.testing.assert_close(t, twin.state_dict()[name])
-    program.run_decompositions()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
