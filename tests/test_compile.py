@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import traceback
 
 import pytest
 import torch
@@ -288,6 +290,11 @@ def test_compiled_checkpointing_is_refused_or_right(where, backend):
     except Exception as error:
         assert "statistics that it has moved already" in str(error)
         assert model[1].num_batches_tracked == 0
+        # An error inside a checkpoint leaves its saved-tensor hooks to the garbage collector in
+        # torch 2.11, and other tests under them.
+        traceback.clear_frames(error.__traceback__)
+        del error
+        gc.collect()
     else:
         want = steps_of(twin, twin, (4, 3, 8, 8), "cpu")
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)

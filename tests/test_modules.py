@@ -222,11 +222,14 @@ def test_the_cumulative_average(device):
 
 
 def test_the_arguments_of_batch_norm_come_first_and_in_order():
-    module = BatchRenorm2d(4, 1e-3, 0.1, False, False)
+    module = BatchRenorm2d(4, 1e-3, 0.1, True, False, "meta", torch.float16)
     found = (module.eps, module.momentum, module.affine, module.track_running_stats)
-    assert found == (1e-3, 0.1, False, False)
+    assert found == (1e-3, 0.1, True, False)
+    assert module.weight.is_meta and module.weight.dtype == torch.float16
     with pytest.raises(TypeError):
-        BatchRenorm2d(4, 1e-3, 0.1, False, False, False)
+        BatchRenorm2d(4, 1e-3, 0.1, False, False, None, None, False)
+    x = torch.randn(6, 4, 2, 2)
+    assert torch.equal(BatchRenorm2d(4)(input=x), BatchRenorm2d(4)(x))
 
 
 def test_sync_batch_norm_does_not_swallow_the_layer():
