@@ -34,7 +34,10 @@ BACKENDS = pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"]
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
+    """Before and after: Dynamo runs in eager mode from then on what it once failed to compile."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
     torch._dynamo.reset()
 
 
