@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -188,7 +190,7 @@ def _traced(
     if torch.compiler._is_exporting_flag:
         if not training or step[0] is None:
             return _portable(x, weight, bias, training, step)
-        return _ops.forward(x, weight, bias, *step)[0]
+        return _training_step(x, weight, bias, *step)
     if _transforms_are_active():
         # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and gives wrong
         # gradients for one without. It runs what raises here in eager mode, unless fullgraph=True.
@@ -215,3 +217,28 @@ def _portable(
     # running_std has its eps already. F.batch_norm wants a positive one, which shall not matter.
     no_eps = torch.finfo(torch.float32).tiny
     return F.batch_norm(x, running_mean, running_std.square(), weight, bias, False, 0.0, no_eps)
+
+
+# What torch.export records of a training step: the forward operator with its gradient, so that an
+# exported model can be trained. Not what everyone calls, as a kernel in Python costs 10 us.
+_library = torch.library.Library("batchrenorm", "FRAGMENT")
+_library.define(
+    str(_ops.forward._schema).replace("batchrenorm::forward", "training_step").split(" -> ")[0]
+    + " -> Tensor"
+)
+_training_step = torch.ops.batchrenorm.training_step.default
+
+
+@torch.library.impl(_library, "training_step", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+    return _ops.forward(x, weight, bias, *step)[0]
+
+
+@torch.library.impl(_library, "training_step", "Autograd")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+    if type(x) is Tensor:
+        return _trained(x, weight, bias, step)
+    if _wants_gradient(x, weight, bias):  # traced, by AOTAutograd
+        return Training.apply(x, weight, bias, step, None, None)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _training_step(x, weight, bias, *step)

@@ -234,6 +234,9 @@ def test_opcheck(name, device):
     for w, b in ((weight, bias), (None, None))[: 2 if name == "2-D" else 1]:
         opcheck(ops.forward, (x, w, b, mean.clone(), std.clone(), counter, schedule, *numbers))
         opcheck(ops.forward, (x, w, b, None, None, None, None, *numbers))
+        leaves = [t if t is None else t.clone().requires_grad_() for t in (x, w, b)]
+        state = (mean.clone(), std.clone(), counter.clone(), schedule)
+        opcheck(ops.training_step, (*leaves, *state, *numbers))
         _, stats = ops.forward(x, w, b, mean.clone(), std.clone(), None, None, *numbers)
         opcheck(ops.backward, (dy, x, w, stats))
         opcheck(ops.renormalize, (x, w, b, stats))
@@ -244,7 +247,8 @@ def test_opcheck(name, device):
 def test_every_operator_is_checked():
     names = torch._C._dispatch_get_all_op_names()
     ours = {name.split("::")[1] for name in names if name.startswith("batchrenorm::")}
-    assert ours == {"forward", "backward", "renormalize", "inference", "inference_backward"}
+    forward = {"forward", "training_step", "renormalize", "inference"}
+    assert ours == forward | {"backward", "inference_backward"}
 
 
 SAVES_THE_LAYER = functools.partial(

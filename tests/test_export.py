@@ -2,8 +2,7 @@
 
 In eval mode all of them record torch's own batch_norm, so that what was saved loads where there is
 no batchrenorm_cuda, and tools find the BatchNorm that they fuse, quantise or fold. A training step
-is recorded by torch.export alone; the others refuse it, as they would lose its gradient or its
-statistics.
+is recorded by torch.export alone, with its gradient; the others refuse it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from batchrenorm_cuda import (
     BatchRenorm1d,
@@ -171,35 +171,55 @@ def reloaded(program):
     return torch.export.load(file)
 
 
+def steps_of(model, call):
+    """Outputs and gradients over a few steps, and the state after them."""
+    results = []
+    for n in (4, 7, 2):
+        x = (images(n, n) * n + 1).requires_grad_()
+        y = call(x)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(n))
+        model.zero_grad()
+        y.backward(dy)
+        results.append((y.detach(), x.grad, *(p.grad for p in model.parameters())))
+    return results
+
+
 @STRICT
 @MODES
 @pytest.mark.parametrize(
-    "form",
-    [lambda p: p, reloaded, lambda p: p.run_decompositions()],
-    ids=["as exported", "saved and loaded", "decomposed"],
+    ("form", "backend"),
+    [
+        (lambda p: p, None),
+        (lambda p: p, "aot_eager"),
+        (reloaded, None),
+        (lambda p: p.run_decompositions(), None),
+    ],
+    ids=["as exported", "compiled", "saved and loaded", "decomposed"],
 )
-def test_an_exported_model_goes_on_as_the_model_does(form, strict, training):
+def test_an_exported_model_goes_on_as_the_model_does(form, backend, strict, training):
+    """With its gradients: an operator without them would cut off all layers before it."""
+    torch._dynamo.reset()
     model = network(training)
     twin = copy.deepcopy(model)
-    call = form(export(model, images(4), strict)).module()
-    for n in (4, 7, 2):
-        torch.testing.assert_close(call(images(n, n)), twin(images(n, n)), **CLOSE)
-    state = twin.state_dict()
-    found = call.state_dict()
-    if training or not strict:  # strict export drops what eval mode does not read
-        assert found.keys() == state.keys()
-    torch.testing.assert_close(dict(found), {name: state[name] for name in found}, **CLOSE)
-    assert state["2.num_batches_tracked"] == (6 if training else 3)
-
-
-@STRICT
-def test_an_exported_model_in_eval_mode_has_gradients(strict):
-    model, x = network(), images(4)
-    call = export(model, x, strict).module()
-    dy = torch.randn_like(model(x))
-    found = torch.autograd.grad(call(x), list(call.parameters()), dy)
-    want = torch.autograd.grad(model(x), list(model.parameters()), dy)
+    exported = form(export(model, images(4), strict)).module()
+    call = torch.compile(exported, backend=backend, fullgraph=True) if backend else exported
+    found, want = steps_of(exported, call), steps_of(twin, twin)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    found, want = exported.state_dict(), twin.state_dict()
+    if training or not strict:  # strict export drops what eval mode does not read
+        assert found.keys() == want.keys()
+    torch.testing.assert_close(dict(found), {name: want[name] for name in found}, **CLOSE)
+    assert want["2.num_batches_tracked"] == (6 if training else 3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_an_exported_model_moves_its_statistics_once(reentrant):
+    model = network(training=True)
+    twin = copy.deepcopy(model)
+    exported = export(model, images(4), strict=False).module()
+    found = steps_of(exported, lambda x: checkpoint(exported, x, use_reentrant=reentrant))
+    torch.testing.assert_close(found, steps_of(twin, twin), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dict(exported.state_dict()), dict(twin.state_dict()), **CLOSE)
 
 
 def test_bad_arguments_do_not_export():
