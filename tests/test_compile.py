@@ -52,8 +52,9 @@ def steps_of(model, call, shape, device, steps=3, dtype=torch.float32):
         dy = torch.randn(*y.shape, generator=generator).to(device, dtype)
         model.zero_grad()
         y.backward(dy)
-        results.append((y.detach(), x.grad, *(p.grad for p in model.parameters())))
-        results.append([b.clone() for b in model.buffers()])
+        gradients = [x.grad, *(p.grad for p in model.parameters())]
+        # Copies: the next replay of a CUDA graph writes where this one has written.
+        results.append([t.detach().clone() for t in (y, *gradients, *model.buffers())])
     return results
 
 
@@ -305,3 +306,39 @@ def test_compiled_checkpointing_is_refused_or_right(where, backend):
     else:
         want = steps_of(twin, twin, (4, 3, 8, 8), "cpu")
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_reduce_overhead_steps_on_as_eager_does():
+    """Its CUDA graphs replay the layer: the schedule and the counter move on the device."""
+    schedule = RenormSchedule(2, 2.0, 12, 3.0, 12)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), BatchRenorm2d(4, momentum=0.3, schedule=schedule), nn.ReLU()
+    ).cuda()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+
+    def call(x):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(x)
+
+    shape = (4, 3, 8, 8)
+    found = steps_of(model, call, shape, "cuda", steps=10)  # the first few are not replays yet
+    want = steps_of(twin, twin, shape, "cuda", steps=10)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert model[1].num_batches_tracked.item() == 10
+
+
+@pytest.mark.gpu
+def test_graphed_callables_step_on_as_eager_does():
+    schedule = RenormSchedule(2, 2.0, 20, 3.0, 20)
+    model = BatchRenorm2d(4, momentum=0.3, schedule=schedule).cuda()
+    twin = copy.deepcopy(model)
+    shape = (4, 4, 8, 8)
+    sample = torch.randn(shape, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (sample,))
+    graphed.load_state_dict(twin.state_dict())  # without the steps of its warm-up
+    found = steps_of(graphed, graphed, shape, "cuda", steps=10)
+    want = steps_of(twin, twin, shape, "cuda", steps=10)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert graphed.num_batches_tracked.item() == 10
