@@ -42,6 +42,7 @@ from torch._guards import TracingContext
 from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
 
+_OWN_FUNCTIONS = f"{__package__}.autograd"
 _graph_task = torch._C._current_graph_task_id
 _autograd = torch._C._autograd
 _top_hooks = _autograd._top_saved_tensors_default_hooks
@@ -117,7 +118,7 @@ def _function_regions() -> list[Any]:
         code = frame.f_code
         if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
             ctx = frame.f_locals.get("ctx")
-            if isinstance(ctx, FunctionCtx):
+            if isinstance(ctx, FunctionCtx) and frame.f_globals["__name__"] != _OWN_FUNCTIONS:
                 first.append(ctx)
         frame = frame.f_back
     return first

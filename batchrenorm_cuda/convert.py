@@ -317,7 +317,8 @@ def _to_renorm(
 def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
     where = f"{name}." if name else ""
     buffers = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
-    eps = layer.eps
+    # torch 2.11 does not infer with an eps of 0. Added to a variance this one is nothing.
+    eps = layer.eps or torch.finfo(torch.float32).tiny
     if layer.running_mean is not None:
         std = layer.running_std
         buffers["running_mean"] = layer.running_mean

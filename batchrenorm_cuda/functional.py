@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
@@ -20,6 +23,7 @@ from .autograd import (
 from .clipping import counting
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
+_is_jit_tracing = torch._C._is_tracing
 
 
 def batch_renorm(
@@ -133,6 +137,8 @@ def _trained(
     step: tuple,
     clipping: Tensor | None = None,
 ) -> Tensor:
+    if _is_jit_tracing():
+        return _portable(x, weight, bias, True, step)
     if x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
     running_mean, running_std, num_batches_tracked, *_ = step
@@ -162,6 +168,8 @@ def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple
     legal = eps >= 0 and r_max >= 1 and d_max >= 0 and (momentum is None or 0 <= momentum <= 1)
     if not legal:  # refused here too, so that it does not wait for the first training step
         check_arguments(x, weight, bias, False, *step[:8])
+    if _is_jit_tracing():
+        return _portable(x, weight, bias, False, step)
     if _wants_gradient(x, weight, bias):
         return apply_inference(x, weight, bias, running_mean, running_std)
     return _ops.inference(x, weight, bias, running_mean, running_std)
@@ -195,12 +203,11 @@ def _traced(
     clipping: Tensor | None,
 ) -> Tensor:
     """Under torch.compile and torch.export."""
-    # torch.export, not strict: no gradients, so the operators themselves are the graph. Under
-    # Dynamo torch 2.11 takes is_exporting() for true whatever it is.
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        if not training:
-            return _ops.inference(x, weight, bias, step[0], step[1])
-        return _ops.forward(x, weight, bias, *step)[0]
+    # Not is_exporting(): under Dynamo torch 2.11 takes that for true whatever it is.
+    if torch.compiler._is_exporting_flag:
+        if not training or step[0] is None:
+            return _portable(x, weight, bias, training, step)
+        return _training_step(x, weight, bias, *step)
     if _transforms_are_active():
         # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and gives wrong
         # gradients for one without. It runs what raises here in eager mode, unless fullgraph=True.
@@ -212,3 +219,44 @@ def _traced(
         return Inference.apply(x, weight, bias, step[0], step[1])
     keep = None if clipping is None else counting(clipping, step, None)
     return Training.apply(x, weight, bias, step, None, keep)
+
+
+def _portable(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, step: tuple
+) -> Tensor:
+    """What leaves this process, in a trace or an exported program, is torch's own batch_norm: it
+    needs no batchrenorm_cuda where it is loaded, and tools that export, fuse or quantise find the
+    operator that they look for."""
+    running_mean, running_std, _, _, _, eps, *_ = step
+    if running_mean is None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    if training:
+        raise RuntimeError(_ops.NOT_IN_TRAINING.format("torch.jit.trace"))
+    # running_std has its eps already. F.batch_norm wants a positive one, which shall not matter.
+    no_eps = torch.finfo(torch.float32).tiny
+    return F.batch_norm(x, running_mean, running_std.square(), weight, bias, False, 0.0, no_eps)
+
+
+# What torch.export records of a training step: the forward operator with its gradient, so that an
+# exported model can be trained. Not what everyone calls, as a kernel in Python costs 10 us.
+_library = torch.library.Library("batchrenorm", "FRAGMENT")
+_library.define(
+    str(_ops.forward._schema).replace("batchrenorm::forward", "training_step").split(" -> ")[0]
+    + " -> Tensor"
+)
+_training_step = torch.ops.batchrenorm.training_step.default
+
+
+@torch.library.impl(_library, "training_step", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+    return _ops.forward(x, weight, bias, *step)[0]
+
+
+@torch.library.impl(_library, "training_step", "Autograd")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+    if type(x) is Tensor:
+        return _trained(x, weight, bias, step)
+    if _wants_gradient(x, weight, bias):  # traced, by AOTAutograd
+        return Training.apply(x, weight, bias, step, None, None)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _training_step(x, weight, bias, *step)

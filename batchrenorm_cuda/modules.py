@@ -48,12 +48,12 @@ class _BatchRenorm(nn.Module):
         momentum: float | None = 0.01,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         schedule: RenormSchedule = RenormSchedule(),  # noqa: B008  immutable
         skip_nonfinite: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_features < 1:
@@ -197,14 +197,14 @@ class _BatchRenorm(nn.Module):
         if self.schedule is None:
             raise ValueError(f"{refusal} on a layer with track_running_stats=False")
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. A weight
         # that is not there is parametrized.
         buffers, parameters = self._buffers, self._parameters
         running_mean = buffers["running_mean"]
         return batch_renorm(
-            x,
+            input,
             running_mean,
             buffers["running_std"],
             parameters["weight"] if "weight" in parameters else self.weight,
@@ -351,11 +351,11 @@ class BatchRenorm1d(_BatchRenorm):
         affine: whether there are a weight (starts at 1) and a bias (at 0) to learn.
         track_running_stats: False: no moving statistics. The batch is normalised by its own, in
             inference too, and r = 1, d = 0: plain Batch Normalization.
+        device, dtype: of weight and bias. Statistics are float64 beside float64, else float32, and
+            stay so under .half() and .to(dtype).
         bias: False: a weight only.
         schedule: limits of r and d by number of batches seen.
         skip_nonfinite: let a batch with a NaN or inf anywhere move neither statistics nor counter.
-        device, dtype: of weight and bias. Statistics are float64 beside float64, else float32, and
-            stay so under .half() and .to(dtype).
 
     State:
         weight, bias: parameters [C].
