@@ -38,6 +38,11 @@ def update_stats(
     afterwards what they were, so training goes on where it was. So are the statistics of layers
     that are frozen or that no batch has come to.
 
+    After torch.optim.swa_utils.AveragedModel(model), which copies the buffers of the model that
+    trains, call it with the averaged model. use_buffers=True averages the statistics instead; but
+    as torch rounds the average of a counter down, copy num_batches_tracked from the trained model
+    before training the averaged one any further.
+
     Args:
         model: any module, wrapped or compiled or not.
         loader: batches. Each is given to the model, or, if it is a tuple or list, its first element

@@ -21,6 +21,7 @@ from batchrenorm_cuda import (
     Clipping,
     LazyBatchRenorm1d,
     RenormSchedule,
+    checkpoint_context_fn,
     convert,
     fold,
     freeze_statistics,
@@ -253,6 +254,27 @@ def test_compiled_steps_are_counted(backend):
     compare(data[0])
     assert counter.frame_count == 2  # with and without
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_checkpointing_counts_once(backend):
+    torch._dynamo.reset()
+    layer, twin = layer_of(), layer_of()
+    layer.monitor_clipping(), twin.monitor_clipping()
+
+    def call(x):
+        region = nn.Sequential(layer, nn.ReLU())
+        return checkpoint(region, x, use_reentrant=False, context_fn=checkpoint_context_fn)
+
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    for x in batches():
+        dy = torch.randn(6, 4)
+        found, want = (x.clone().requires_grad_() for _ in range(2))
+        compiled(found).backward(dy)
+        twin(want).relu().backward(dy)
+        torch.testing.assert_close(found.grad, want.grad)
+    assert_close(layer.read_clipping(), twin.read_clipping())
+    assert layer.read_clipping().steps == 8
 
 
 def test_counts_are_no_state_and_no_buffers():
