@@ -118,7 +118,7 @@ def test_make_graphed_callables():
     assert model[1].num_batches_tracked.item() == STEPS
 
 
-@pytest.mark.parametrize("monitored", [False, True], ids=["", "monitored"])
+@pytest.mark.parametrize("monitored", [False, True], ids=["alone", "monitored"])
 def test_reduce_overhead(monitored):
     """torch.compile's own graphs: nothing is left out of them, and each call is one step."""
     torch._dynamo.reset()
