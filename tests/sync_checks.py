@@ -531,6 +531,27 @@ def an_update_of_the_statistics_is_over_all_ranks(rank: Rank) -> None:
         near(t.double(), wanted.double(), name)
 
 
+def equals_one_process_on_gpus(rank: Rank) -> None:
+    """A GPU a rank, and NCCL. Not in test_distributed.py, but in test_cuda.py."""
+    torch.cuda.set_device(rank.rank)
+    group = dist.new_group(backend="nccl")
+    shares = shares_of(rank.world)[1]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        sync = prepared(SyncBatchRenorm, real, process_group=group).cuda()
+        alone = prepared(BatchRenorm2d, real).cuda()
+        whole, dy = (t.cuda() for t in draw(shares, (8, 8), dtype))
+        wanted = train(alone, whole, dy)
+        found = train(sync, mine(rank, whole, shares), mine(rank, dy, shares))
+        for name, got, want in zip(("y", "dx"), found, wanted, strict=True):
+            near(got, mine(rank, want, shares), name, 16)
+        near(sync.running_std, alone.running_std, "running_std", 4)
+        assert_same_bits(sync.running_mean.cpu(), sync.running_std.cpu())
+        empty = whole[:0] if rank.rank else whole
+        train(sync, empty, empty)
+        assert sync.num_batches_tracked == BEGIN + 2
+
+
 def a_killed_rank_is_an_error(rank: Rank) -> None:
     """Not a hang; and nothing has moved. Run by itself: it takes the world down."""
     sync = prepared(SyncBatchRenorm)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import ranks
 import torch
 
 from batchrenorm_cuda import _C
@@ -163,6 +164,68 @@ def test_nothing_waits_for_the_gpu():
         layer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Ranks:
+    """What two ranks compute of one batch, exchanges done by hand; a training step on its state."""
+
+    def __init__(self, shape, device="cuda", dtype=torch.float32):
+        generator = torch.Generator().manual_seed(1)
+        x, dy = (torch.randn(2, *shape, generator=generator).to(device, dtype) * 3 + 1).unbind()
+        self.shares = [(t[: len(x) // 3], t[len(x) // 3 :]) for t in (x, dy)]
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        self.running_mean = torch.zeros(shape[1], device=device, dtype=real)
+        self.running_std = torch.ones(shape[1], device=device, dtype=real)
+        self.steps = torch.zeros((), dtype=torch.long, device=device)
+        self.schedule = torch.tensor([2, 3, 9, 5, 7], dtype=torch.float64, device=device)
+
+    def step(self):
+        gathered = torch.stack([ops.moments(x, True) for x in self.shares[0]])
+        state = (self.running_mean, self.running_std, self.steps, self.schedule)
+        dtype = self.shares[0][0].dtype
+        stats, total = ops.merge(gathered, dtype, *state, 0.1, 1e-5, 1.0, 0.0, True)
+        shares = list(zip(*self.shares, strict=True))
+        y = [ops.renormalize(x, None, None, stats) for x, _ in shares]
+        parts = [ops.backward_sums(dy, x, stats) for x, dy in shares]
+        sums = sum(part[0] for part in parts)
+        dx = [ops.backward_project(dy, x, None, stats, sums, total) for x, dy in shares]
+        dweight, dbias = (sum(part[k] for part in parts) for k in (1, 2))
+        return torch.cat(y), torch.cat(dx), dweight, dbias, stats, total, *state[:3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [LONE, TEAM, (48, 100)], ids=["lone blocks", "teams", "2-D"])
+def test_several_ranks_compute_what_they_do_on_the_cpu(shape, dtype):
+    on_gpu, on_cpu = Ranks(shape, "cuda", dtype), Ranks(shape, "cpu", dtype)
+    for _ in range(4):
+        found, wanted = on_gpu.step(), on_cpu.step()
+    for got, want in zip(found, wanted, strict=True):
+        loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+        if dtype == torch.float32:
+            loose = {"rtol": 1e-4, "atol": 1e-4 * float(want.abs().max())}
+        torch.testing.assert_close(got.cpu(), want, **loose)
+
+
+@pytest.mark.parametrize("shape", [LONE, TEAM], ids=["lone blocks", "teams"])
+def test_a_step_of_several_ranks_can_be_captured(shape):
+    """Nothing in it waits for the host, and state moves on with every replay."""
+    eager, captured = Ranks(shape), Ranks(shape)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = captured.step()
+    for _ in range(5):
+        graph.replay()
+        expected = eager.step()
+    torch.cuda.synchronize()
+    assert captured.steps.item() == 5
+    assert_same_bits(results, expected)
+
+
+def test_synchronised_on_several_gpus(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for outcome in ranks.run(2, ["equals_one_process_on_gpus"], tmp_path):
+        assert outcome.get("equals_one_process_on_gpus") == "passed", outcome
 
 
 def test_a_device_that_is_not_the_current_one():

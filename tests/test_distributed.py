@@ -22,7 +22,8 @@ def checks_of(module) -> list[str]:
 
 
 LAST = "a_killed_rank_is_an_error"  # there is no world after it
-SYNC = [name for name in checks_of(sync_checks) if name != LAST]
+ON_GPUS = "equals_one_process_on_gpus"  # test_cuda.py runs it
+SYNC = [name for name in checks_of(sync_checks) if name not in (LAST, ON_GPUS)]
 IN_TWO = [*SYNC, *checks_of(ddp_checks)]
 IN_FOUR = [name for name in SYNC if name != "compiled_it_is_the_same"]  # which costs seconds
 
