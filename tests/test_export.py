@@ -222,6 +222,19 @@ def test_checkpointing_an_exported_model_moves_its_statistics_once(reentrant):
     torch.testing.assert_close(dict(exported.state_dict()), dict(twin.state_dict()), **CLOSE)
 
 
+@MODES
+def test_torch_fx_takes_the_layer_for_a_leaf(training):
+    """As it does BatchNorm: graph passes and feature extractors see a module with its state."""
+    model = network(training)
+    twin = copy.deepcopy(model)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 4
+    assert type(traced.get_submodule("2")) is BatchRenorm2d
+    torch.testing.assert_close(steps_of(traced, traced), steps_of(twin, twin))
+    assert traced.state_dict().keys() == twin.state_dict().keys()
+    assert traced.get_submodule("2").num_batches_tracked == (6 if training else 3)
+
+
 def test_bad_arguments_do_not_export():
     with pytest.raises(Exception, match=r"running_mean must have shape \(5,\)"):
         torch.export.export(BatchRenorm1d(4).eval(), (torch.ones(6, 5),))
