@@ -48,6 +48,11 @@ LAYERS = {
         BatchRenorm2d(3, track_running_stats=False),
         torch.randn(4, 3, 5, 4),
     ),
+    "eps 0": lambda: (BatchRenorm2d(3, eps=0.0), torch.randn(4, 3, 5, 4)),
+    "eps 0, no statistics": lambda: (
+        BatchRenorm2d(3, eps=0.0, track_running_stats=False),
+        torch.randn(4, 3, 5, 4),
+    ),
     "double": lambda: (BatchRenorm1d(3).double(), torch.randn(6, 3).double()),
     "half": lambda: (BatchRenorm1d(3).half(), torch.randn(6, 3).half()),
     "bfloat16": lambda: (BatchRenorm1d(3, dtype=torch.bfloat16), torch.randn(6, 3).bfloat16()),
