@@ -284,13 +284,14 @@ def nodes(program):
 DYNAMIC = {"dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},)}
 
 
-@pytest.mark.parametrize("name", [n for n in LAYERS if n != "bfloat16"])
+@EACH_LAYER
 def test_onnx_of_a_layer_is_a_batch_normalization(name):
-    """onnxruntime has no BatchNormalization of bfloat16."""
     layer, x = trained(name)
     program = onnx_export(layer, x, **DYNAMIC)
     if layer.track_running_stats:
         assert nodes(program) == ["BatchNormalization"]
+    if x.dtype == torch.bfloat16:  # onnxruntime has no kernel for it
+        return
     y = layer(x)
     torch.testing.assert_close(run_onnx(program, x), y, **tolerance(y))
 
