@@ -57,6 +57,10 @@ def batch_renorm(
     Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NIPS 2017,
     Algorithm 1.
 
+    torch.jit.trace, torch.export and torch.onnx.export record inference as torch's own batch_norm,
+    which is the same to rounding and needs no batchrenorm_cuda where it is loaded. A training step
+    is recorded by torch.export alone, with its gradient, and needs it.
+
     Positional arguments are in the order of torch.nn.functional.batch_norm. Statistics have shape
     [C], are float32 (float64 for a float64 x) and on the device of x.
 
@@ -228,13 +232,13 @@ def _portable(
     needs no batchrenorm_cuda where it is loaded, and tools that export, fuse or quantise find the
     operator that they look for."""
     running_mean, running_std, _, _, _, eps, *_ = step
+    no_eps = torch.finfo(torch.float32).tiny  # F.batch_norm wants a positive one
     if running_mean is None:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps or no_eps)
     if training:
         raise RuntimeError(_ops.NOT_IN_TRAINING.format("torch.jit.trace"))
-    # running_std has its eps already. F.batch_norm wants a positive one, which shall not matter.
-    no_eps = torch.finfo(torch.float32).tiny
-    return F.batch_norm(x, running_mean, running_std.square(), weight, bias, False, 0.0, no_eps)
+    variance = running_std.square()  # with eps in it
+    return F.batch_norm(x, running_mean, variance, weight, bias, False, 0.0, no_eps)
 
 
 # What torch.export records of a training step: the forward operator with its gradient, so that an

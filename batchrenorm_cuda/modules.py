@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import init
 from torch.nn.parameter import is_lazy
 
@@ -198,6 +199,9 @@ class _BatchRenorm(nn.Module):
             raise ValueError(f"{refusal} on a layer with track_running_stats=False")
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):  # torch.fx takes modules of torch.nn alone for leaves
+            tracer = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         self._check_input_dim(input)
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. A weight
         # that is not there is parametrized.
