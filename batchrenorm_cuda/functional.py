@@ -14,10 +14,12 @@ from . import _ops, checkpoint
 from .arguments import HALVES, check_arguments
 from .autograd import (
     Inference,
+    RecordedTraining,
     Training,
     TransformableInference,
     TransformableTraining,
     apply_inference,
+    apply_recorded_training,
     apply_training,
 )
 from .clipping import counting
@@ -143,16 +145,19 @@ def _trained(
 ) -> Tensor:
     if _is_jit_tracing():
         return _portable(x, weight, bias, True, step)
-    if x.numel() == x.size(1):
+    if x.size(0) == 1 and x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
-    running_mean, running_std, num_batches_tracked, *_ = step
+    running_mean = step[0]
     known = keep = None
     if running_mean is not None and checkpoint.may_repeat():
         known, keep = checkpoint.repetition(running_mean)
     if clipping is not None and known is None:
         keep = counting(clipping, step, keep)
     if _wants_gradient(x, weight, bias):
-        y = apply_training(x, weight, bias, step, known, keep)
+        if known is None and keep is None:
+            y = apply_training(x, weight, bias, step)
+        else:
+            y = apply_recorded_training(x, weight, bias, step, known, keep)
     elif known is None:
         y, stats = _ops.forward(x, weight, bias, *step)
         if keep is not None:
@@ -163,7 +168,7 @@ def _trained(
             keep(known)
     if running_mean is not None:
         # Autograd's own check that what inference has saved for its backward is still what it was.
-        increment_version((running_mean, running_std))
+        increment_version(step[:2])
     return y
 
 
@@ -221,8 +226,9 @@ def _traced(
         )
     if not training:
         return Inference.apply(x, weight, bias, step[0], step[1])
-    keep = None if clipping is None else counting(clipping, step, None)
-    return Training.apply(x, weight, bias, step, None, keep)
+    if clipping is None:
+        return Training.apply(x, weight, bias, step)
+    return RecordedTraining.apply(x, weight, bias, step, None, counting(clipping, step, None))
 
 
 def _portable(
@@ -261,6 +267,6 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tens
     if type(x) is Tensor:
         return _trained(x, weight, bias, step)
     if _wants_gradient(x, weight, bias):  # traced, by AOTAutograd
-        return Training.apply(x, weight, bias, step, None, None)
+        return Training.apply(x, weight, bias, step)
     with torch._C._AutoDispatchBelowAutograd():
         return _training_step(x, weight, bias, *step)
