@@ -29,6 +29,16 @@ def _needed(ctx: Any, gradients: Gradients) -> Gradients:
     return (*found, *[None] * (len(need) - len(found)))
 
 
+def _training_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight, stats = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        dx, dweight, dbias = TrainingBackward.apply(dy, x, weight, stats, ctx.eps)
+    else:
+        dx, dweight, dbias = _ops.backward(dy, x, weight, stats)
+    need = ctx.needs_input_grad
+    return dx if need[0] else None, dweight if need[1] else None, dbias if need[2] else None
+
+
 class Training(Function):
     """A training step.
 
@@ -51,18 +61,7 @@ class Training(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, weight, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            dx, dweight, dbias = TrainingBackward.apply(dy, x, weight, stats, ctx.eps)
-        else:
-            dx, dweight, dbias = _ops.backward(dy, x, weight, stats)
-        need = ctx.needs_input_grad
-        return (
-            dx if need[0] else None,
-            dweight if need[1] else None,
-            dbias if need[2] else None,
-            None,
-        )
+        return *_training_gradients(ctx, dy), None
 
 
 class RecordedTraining(Function):
@@ -91,7 +90,7 @@ class RecordedTraining(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        return *Training.backward(ctx, dy), None, None
+        return *_training_gradients(ctx, dy), None, None, None
 
 
 class Inference(Function):
