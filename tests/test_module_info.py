@@ -271,7 +271,8 @@ def test_grad(info, training, check, device):
             given = dict(zip(names, parameters, strict=True))
             return torch.func.functional_call(layer, given, (x,))
 
-        assert check(call, (x, *layer.parameters()), nondet_tol=0.0)
+        fast = x.numel() > 200  # every element by itself otherwise
+        assert check(call, (x, *layer.parameters()), nondet_tol=0.0, fast_mode=fast)
 
 
 @each_device()
