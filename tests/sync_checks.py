@@ -428,6 +428,19 @@ def what_there_is_no_derivative_of_says_so(rank: Rank) -> None:
     assert sync.num_batches_tracked == BEGIN + 1
 
 
+def a_training_step_is_not_recorded(rank: Rank) -> None:
+    """The exchange would be a constant in it. In eval mode there is none."""
+    x = torch.randn(4, CHANNELS)
+    sync = prepared(SyncBatchRenorm, torch.float32)
+    with pytest.raises(RuntimeError, match="cannot be recorded by torch.export"):
+        torch.jit.trace(sync, x)
+    with pytest.raises(RuntimeError, match="cannot be recorded by torch.export"):
+        torch.export.export(sync, (x,), strict=False)
+    assert sync.num_batches_tracked == BEGIN
+    wanted = sync.eval()(x)
+    torch.testing.assert_close(torch.export.export(sync, (x,), strict=False).module()(x), wanted)
+
+
 def a_refusal_comes_before_the_exchange(rank: Rank) -> None:
     """Nothing has moved, and the group is as good as before."""
     sync = prepared(SyncBatchRenorm, torch.float32)
