@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ranks import Rank
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from batchrenorm_cuda import (
     BatchRenorm1d,
@@ -378,10 +378,15 @@ def checkpointing_repeats_without_exchanging(rank: Rank) -> None:
     model = nn.Sequential(prepared(SyncBatchRenorm), nn.ReLU(), prepared(SyncBatchRenorm))
     plain = copy.deepcopy(model)
     wanted = train(plain, x, g)
-    for reentrant in (False, True):
+    selective = partial(create_selective_checkpoint_contexts, [torch.ops.aten.relu.default])
+    for style in (
+        {"use_reentrant": False},
+        {"use_reentrant": True},
+        {"use_reentrant": False, "context_fn": selective},
+    ):
         again = copy.deepcopy(model)
         with counted() as counts:
-            found = train(partial(checkpoint, again, use_reentrant=reentrant), x, g)
+            found = train(partial(checkpoint, again, **style), x, g)
         assert counts == {"gather": 2, "reduce": 2}
         assert all(map(torch.equal, found, wanted))
         for name, t in again.state_dict().items():
