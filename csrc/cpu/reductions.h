@@ -59,8 +59,8 @@ struct SumsChunk {
     return {exact(g[k], g_error[k]), exact(gx[k], gx_error[k])};
   }
   Sums<Real> operator[](std::int64_t k) const {
-    const ExactSums sums = exact(k);
-    return {static_cast<Real>(sums.g), static_cast<Real>(sums.gx)};
+    return {static_cast<Real>(exact(g[k], g_error[k])),
+            static_cast<Real>(exact(gx[k], gx_error[k]))};
   }
 };
 
