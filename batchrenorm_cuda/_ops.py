@@ -7,6 +7,7 @@ torch.library.opcheck holds the two together.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -38,6 +39,9 @@ backward_project = torch.ops.batchrenorm.backward_project.default
 # time and would refuse it.
 torch.utils.checkpoint.SAC_IGNORED_OPS.add(renormalize)
 
+NOT_IN_TRAINING = (
+    "a training step of a BatchRenorm layer cannot be recorded by {}: call model.eval() first"
+)
 STAT_ROWS = 5  # pivot, mean - pivot, 1 / std, r, d
 
 
@@ -93,6 +97,8 @@ def _(
     skip_nonfinite,
 ):
     _check_devices(x, weight, bias, running_mean, running_std, num_batches_tracked, schedule)
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(NOT_IN_TRAINING.format("torch.onnx.export"))
     if running_mean is not None:
         checkpoint.check_traced(
             x,

@@ -29,14 +29,44 @@ def _needed(ctx: Any, gradients: Gradients) -> Gradients:
     return (*found, *[None] * (len(need) - len(found)))
 
 
+def _training_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight, stats = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        dx, dweight, dbias = TrainingBackward.apply(dy, x, weight, stats, ctx.eps)
+    else:
+        dx, dweight, dbias = _ops.backward(dy, x, weight, stats)
+    need = ctx.needs_input_grad
+    return dx if need[0] else None, dweight if need[1] else None, dbias if need[2] else None
+
+
 class Training(Function):
     """A training step.
 
     `step` is what the forward operator takes after weight and bias, as a tuple: autograd then looks
-    at six arguments instead of fourteen. With `known`, the stats of an earlier forward, that
-    forward is repeated: statistics are not taken again and nothing moves. `keep` is called with the
-    stats.
+    at four arguments instead of twelve.
     """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        step: tuple[Any, ...],
+    ) -> Tensor:
+        y, stats = _ops.forward(x, weight, bias, *step)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.eps = step[5]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        return *_training_gradients(ctx, dy), None
+
+
+class RecordedTraining(Function):
+    """A training step whose stats `keep` is called with. With `known`, the stats of an earlier
+    forward, that forward is repeated: statistics are not taken again and nothing moves."""
 
     @staticmethod
     def forward(
@@ -60,20 +90,7 @@ class Training(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x, weight, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            dx, dweight, dbias = TrainingBackward.apply(dy, x, weight, stats, ctx.eps)
-        else:
-            dx, dweight, dbias = _ops.backward(dy, x, weight, stats)
-        need_x, need_weight, need_bias, _, _, _ = ctx.needs_input_grad
-        return (
-            dx if need_x else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            None,
-            None,
-            None,
-        )
+        return *_training_gradients(ctx, dy), None, None, None
 
 
 class Inference(Function):
@@ -108,6 +125,7 @@ class Inference(Function):
 # Function.apply without its wrapper in Python, which costs 4 us to look for torch.func transforms:
 # for callers that have made sure that there are none.
 apply_training = super(Function, Training).apply
+apply_recorded_training = super(Function, RecordedTraining).apply
 apply_inference = super(Function, Inference).apply
 
 

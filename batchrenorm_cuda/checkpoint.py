@@ -22,7 +22,9 @@ make.
 
 Inside torch.compile none of this runs: what is recomputed there is decided by torch, which does not
 see that the statistics have moved in between. Checkpointing must then save the forward operator, by
-a policy; tracing raises an error where it does not.
+a policy, checkpoint_context_fn; tracing raises an error where it does not. What was compiled before
+and outside of any region cannot be seen to run inside one, and its repetition is a new step: only
+checkpoint_context_fn helps.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from torch._guards import TracingContext
 from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
 
+_OWN_FUNCTIONS = f"{__package__}.autograd"
 _graph_task = torch._C._current_graph_task_id
 _autograd = torch._C._autograd
 _top_hooks = _autograd._top_saved_tensors_default_hooks
@@ -115,7 +118,7 @@ def _function_regions() -> list[Any]:
         code = frame.f_code
         if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
             ctx = frame.f_locals.get("ctx")
-            if isinstance(ctx, FunctionCtx):
+            if isinstance(ctx, FunctionCtx) and frame.f_globals["__name__"] != _OWN_FUNCTIONS:
                 first.append(ctx)
         frame = frame.f_back
     return first
@@ -146,9 +149,56 @@ def check_traced(*args: Any) -> None:
             "activation checkpointing and torch.compile together would repeat the forward of a "
             "BatchRenorm layer from moving statistics that it has moved already. Compile around "
             "the checkpoint, not inside it, and have it save what the layer computes: "
-            "checkpoint(..., use_reentrant=False, context_fn=functools.partial("
-            "create_selective_checkpoint_contexts, [torch.ops.batchrenorm.forward.default]))"
+            "checkpoint(..., use_reentrant=False, "
+            "context_fn=batchrenorm_cuda.checkpoint_context_fn)"
         )
+
+
+def checkpoint_context_fn(
+    policy: list | Callable[..., Any] | None = None, *, allow_cache_entry_mutation: bool = False
+) -> tuple[Any, Any]:
+    """Activation checkpointing under torch.compile that repeats what a model computes except for
+    its BatchRenorm layers, whose statistics have moved since::
+
+        def region(x):
+            return checkpoint(block, x, use_reentrant=False, context_fn=checkpoint_context_fn)
+
+        torch.compile(region, fullgraph=True)
+
+    A layer's output is then kept until the backward pass; its input is recomputed. Gradients are
+    those without checkpointing, and statistics move once. With a policy of your own, what it saves
+    is saved too: context_fn=functools.partial(checkpoint_context_fn, policy).
+
+    Outside torch.compile repetitions are recognised without it, of every kind of checkpointing, and
+    only [5, C] numbers are kept; it does no harm there. It is also right where a checkpoint that is
+    not compiled calls what was compiled, by Inductor, before; without it that counts every batch
+    twice, and gradients are wrong.
+
+    Args:
+        policy: list of operators to save, or function of context, operator and arguments, as
+            torch.utils.checkpoint.create_selective_checkpoint_contexts takes them.
+        allow_cache_entry_mutation: as there.
+
+    Returns:
+        Two contexts, for the first forward and for its repetition.
+    """
+    ours = torch.ops.batchrenorm.forward.default
+    if policy is None:
+        policy = []
+    if isinstance(policy, list):
+        rule: Any = [*policy, ours]
+    elif callable(policy):
+
+        def rule(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+            if op is ours:
+                return checkpoint.CheckpointPolicy.MUST_SAVE
+            return policy(context, op, *args, **kwargs)
+
+    else:
+        raise TypeError(
+            f"policy must be a list of operators or a function, got {type(policy).__name__}"
+        )
+    return checkpoint.create_selective_checkpoint_contexts(rule, allow_cache_entry_mutation)
 
 
 def may_repeat() -> bool:

@@ -270,6 +270,8 @@ def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.devic
 def _later(schedule: RenormSchedule, counter: Tensor | None) -> RenormSchedule:
     """The schedule with its start moved to where a layer's counter is."""
     steps = 0 if counter is None or counter.is_meta else int(counter)
+    per = schedule.steps_per_update
+    steps = steps / per if steps % per else steps // per
     moved = {n: getattr(schedule, n) + steps for n in ("warmup_steps", "r_max_step", "d_max_step")}
     return replace(schedule, **moved)
 
@@ -315,7 +317,8 @@ def _to_renorm(
 def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
     where = f"{name}." if name else ""
     buffers = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
-    eps = layer.eps
+    # torch 2.11 does not infer with an eps of 0. Added to a variance this one is nothing.
+    eps = layer.eps or torch.finfo(torch.float32).tiny
     if layer.running_mean is not None:
         std = layer.running_std
         buffers["running_mean"] = layer.running_mean

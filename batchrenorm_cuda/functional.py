@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
@@ -11,14 +14,18 @@ from . import _ops, checkpoint
 from .arguments import HALVES, check_arguments
 from .autograd import (
     Inference,
+    RecordedTraining,
     Training,
     TransformableInference,
     TransformableTraining,
     apply_inference,
+    apply_recorded_training,
     apply_training,
 )
+from .clipping import counting
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
+_is_jit_tracing = torch._C._is_tracing
 
 
 def batch_renorm(
@@ -36,6 +43,7 @@ def batch_renorm(
     num_batches_tracked: Tensor | None = None,
     schedule: Tensor | None = None,
     skip_nonfinite: bool = False,
+    clipping: Tensor | None = None,
 ) -> Tensor:
     """Batch Renormalization of each channel of x, over the batch and all spatial positions.
 
@@ -50,6 +58,10 @@ def batch_renorm(
     and otherwise y = weight * (x - running_mean) / running_std + bias. Source: S. Ioffe, "Batch
     Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NIPS 2017,
     Algorithm 1.
+
+    torch.jit.trace, torch.export and torch.onnx.export record inference as torch's own batch_norm,
+    which is the same to rounding and needs no batchrenorm_cuda where it is loaded. A training step
+    is recorded by torch.export alone, with its gradient, and needs it.
 
     Positional arguments are in the order of torch.nn.functional.batch_norm. Statistics have shape
     [C], are float32 (float64 for a float64 x) and on the device of x.
@@ -71,6 +83,8 @@ def batch_renorm(
             num_batches_tracked, found on the device of x: nothing waits for the host.
         skip_nonfinite: leave moving statistics and counter as they are for a batch with a NaN or
             inf anywhere.
+        clipping: float64 [9, C], made by clipping.new_counts: counts to which a training step adds
+            how often and how far r and d were clipped. Needs num_batches_tracked.
 
     Returns:
         y, of the shape and dtype of x, under autocast too. It is laid out in memory as x is, if x
@@ -93,13 +107,13 @@ def batch_renorm(
     )
     if torch.compiler.is_compiling():
         check_arguments(x, weight, bias, training, *step[:8])
-        return _traced(x, _wide(weight, x), _wide(bias, x), training, step)
+        return _traced(x, _wide(weight, x), _wide(bias, x), training, step, clipping)
     try:
         weight_, bias_ = _wide(weight, x), _wide(bias, x)
         if _transforms_are_active() or forward_ad._current_level >= 0:
             return _transformed(x, weight_, bias_, training, step)
         if training:
-            return _trained(x, weight_, bias_, step)
+            return _trained(x, weight_, bias_, step, clipping)
         return _inferred(x, weight_, bias_, step)
     except (RuntimeError, TypeError, AttributeError, IndexError):
         # Bad arguments are refused below, cheaply and before anything changes; this names the one.
@@ -122,15 +136,28 @@ def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bo
     )
 
 
-def _trained(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
-    if x.numel() == x.size(1):
+def _trained(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: tuple,
+    clipping: Tensor | None = None,
+) -> Tensor:
+    if _is_jit_tracing():
+        return _portable(x, weight, bias, True, step)
+    if x.size(0) == 1 and x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
-    running_mean, running_std, num_batches_tracked, *_ = step
+    running_mean = step[0]
     known = keep = None
     if running_mean is not None and checkpoint.may_repeat():
         known, keep = checkpoint.repetition(running_mean)
+    if clipping is not None and known is None:
+        keep = counting(clipping, step, keep)
     if _wants_gradient(x, weight, bias):
-        y = apply_training(x, weight, bias, step, known, keep)
+        if known is None and keep is None:
+            y = apply_training(x, weight, bias, step)
+        else:
+            y = apply_recorded_training(x, weight, bias, step, known, keep)
     elif known is None:
         y, stats = _ops.forward(x, weight, bias, *step)
         if keep is not None:
@@ -141,7 +168,7 @@ def _trained(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple)
             keep(known)
     if running_mean is not None:
         # Autograd's own check that what inference has saved for its backward is still what it was.
-        increment_version((running_mean, running_std))
+        increment_version(step[:2])
     return y
 
 
@@ -150,6 +177,8 @@ def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple
     legal = eps >= 0 and r_max >= 1 and d_max >= 0 and (momentum is None or 0 <= momentum <= 1)
     if not legal:  # refused here too, so that it does not wait for the first training step
         check_arguments(x, weight, bias, False, *step[:8])
+    if _is_jit_tracing():
+        return _portable(x, weight, bias, False, step)
     if _wants_gradient(x, weight, bias):
         return apply_inference(x, weight, bias, running_mean, running_std)
     return _ops.inference(x, weight, bias, running_mean, running_std)
@@ -175,15 +204,19 @@ def _transformed(
 
 
 def _traced(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, step: tuple
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    step: tuple,
+    clipping: Tensor | None,
 ) -> Tensor:
     """Under torch.compile and torch.export."""
-    # torch.export, not strict: no gradients, so the operators themselves are the graph. Under
-    # Dynamo torch 2.11 takes is_exporting() for true whatever it is.
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        if not training:
-            return _ops.inference(x, weight, bias, step[0], step[1])
-        return _ops.forward(x, weight, bias, *step)[0]
+    # Not is_exporting(): under Dynamo torch 2.11 takes that for true whatever it is.
+    if torch.compiler._is_exporting_flag:
+        if not training or step[0] is None:
+            return _portable(x, weight, bias, training, step)
+        return _training_step(x, weight, bias, *step)
     if _transforms_are_active():
         # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and gives wrong
         # gradients for one without. It runs what raises here in eager mode, unless fullgraph=True.
@@ -193,4 +226,47 @@ def _traced(
         )
     if not training:
         return Inference.apply(x, weight, bias, step[0], step[1])
-    return Training.apply(x, weight, bias, step, None, None)
+    if clipping is None:
+        return Training.apply(x, weight, bias, step)
+    return RecordedTraining.apply(x, weight, bias, step, None, counting(clipping, step, None))
+
+
+def _portable(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, step: tuple
+) -> Tensor:
+    """What leaves this process, in a trace or an exported program, is torch's own batch_norm: it
+    needs no batchrenorm_cuda where it is loaded, and tools that export, fuse or quantise find the
+    operator that they look for."""
+    running_mean, running_std, _, _, _, eps, *_ = step
+    no_eps = torch.finfo(torch.float32).tiny  # F.batch_norm wants a positive one
+    if running_mean is None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps or no_eps)
+    if training:
+        raise RuntimeError(_ops.NOT_IN_TRAINING.format("torch.jit.trace"))
+    variance = running_std.square()  # with eps in it
+    return F.batch_norm(x, running_mean, variance, weight, bias, False, 0.0, no_eps)
+
+
+# What torch.export records of a training step: the forward operator with its gradient, so that an
+# exported model can be trained. Not what everyone calls, as a kernel in Python costs 10 us.
+_library = torch.library.Library("batchrenorm", "FRAGMENT")
+_library.define(
+    str(_ops.forward._schema).replace("batchrenorm::forward", "training_step").split(" -> ")[0]
+    + " -> Tensor"
+)
+_training_step = torch.ops.batchrenorm.training_step.default
+
+
+@torch.library.impl(_library, "training_step", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+    return _ops.forward(x, weight, bias, *step)[0]
+
+
+@torch.library.impl(_library, "training_step", "Autograd")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+    if type(x) is Tensor:
+        return _trained(x, weight, bias, step)
+    if _wants_gradient(x, weight, bias):  # traced, by AOTAutograd
+        return Training.apply(x, weight, bias, step)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _training_step(x, weight, bias, *step)

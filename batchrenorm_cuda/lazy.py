@@ -23,12 +23,12 @@ class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
         momentum: float | None = 0.01,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         schedule: RenormSchedule = RenormSchedule(),  # noqa: B008  immutable
         skip_nonfinite: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         # One channel and no tensors: what there will be is made below, without a size.
         super().__init__(

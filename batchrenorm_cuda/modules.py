@@ -3,16 +3,20 @@ nothing else."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import init
+from torch.nn.parameter import is_lazy
 
 from ._ops import statistic_dtype
 from .arguments import FLOATS, check_numbers
+from .clipping import Clipping, new_counts
 from .functional import batch_renorm
-from .schedule import RenormSchedule
+from .schedule import RenormSchedule, require_steps_per_update
 
 
 def _require_schedule(schedule: Any) -> None:
@@ -45,12 +49,12 @@ class _BatchRenorm(nn.Module):
         momentum: float | None = 0.01,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         schedule: RenormSchedule = RenormSchedule(),  # noqa: B008  immutable
         skip_nonfinite: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_features < 1:
@@ -63,7 +67,10 @@ class _BatchRenorm(nn.Module):
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.skip_nonfinite = skip_nonfinite
+        self.statistics_frozen = False
         self._schedule = schedule
+        # Not a buffer: it comes and goes, and DDP, FSDP and moving averages keep lists of buffers.
+        self._clipping: Tensor | None = None
 
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in FLOATS:
@@ -99,6 +106,7 @@ class _BatchRenorm(nn.Module):
         """Everything as constructed, after to_empty() too, but with the schedule that was set or
         loaded last."""
         self.reset_running_stats()
+        self.reset_clipping()
         if self.track_running_stats:
             self.schedule.copy_(self._schedule.as_tensor())
         if self.weight is not None:
@@ -113,29 +121,105 @@ class _BatchRenorm(nn.Module):
         see the change, and the host does not wait for the device.
         """
         _require_schedule(schedule)
-        if self.schedule is None:
-            raise ValueError("schedule cannot be set on a layer with track_running_stats=False")
+        self._require_statistics("schedule cannot be set")
         self._schedule = schedule
         self.schedule.copy_(schedule.as_tensor(), non_blocking=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
+    def set_limits(self, r_max: float, d_max: float) -> None:
+        """These limits from the next batch on, for good: a schedule that does not move. For a
+        trainer that decides on the limits itself, step by step.
+
+        As :meth:`set_schedule`: in place, with no wait and no recompilation.
+        """
+        limits = RenormSchedule.constant(r_max, d_max)
+        self.set_schedule(replace(limits, steps_per_update=self._schedule.steps_per_update))
+
+    def set_steps_per_update(self, steps_per_update: int, before: int | None = None) -> None:
+        """Goes on with another number of microbatches for each step of the optimiser: the limits
+        stay where they are and move on at the same pace, counted in steps of the optimiser.
+
+        num_batches_tracked, which counts microbatches, is multiplied by steps_per_update / before,
+        and so are the steps of the schedule, both in place and without waiting for the device. Call
+        it between two steps of the optimiser: a fraction of one is rounded down.
+
+        With momentum=None the average goes on, too: as if it had been over microbatches of the new
+        size from the start.
+
+        Args:
+            steps_per_update: microbatches for each step from now on, >= 1.
+            before: and until now. The default is what the schedule of the layer says. After
+                load_state_dict that is the number in the checkpoint if the layer was made with the
+                schedule that it was saved with, whatever the schedule's steps_per_update; else it
+                is 1, as a state_dict does not tell, and `before` has to.
+        """
+        require_steps_per_update(steps_per_update)
+        known = self._schedule.steps_per_update
+        if before is None:
+            before = known
+        require_steps_per_update(before, "before")
+        self._require_statistics("steps_per_update cannot be set")
+        schedule = self._schedule
+        if before != known:
+            schedule = RenormSchedule.from_tensor(schedule.as_tensor(), before)
+        self.set_schedule(replace(schedule, steps_per_update=steps_per_update))
+        counter = self.num_batches_tracked
+        counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
+
+    @property
+    def monitors_clipping(self) -> bool:
+        return self._clipping is not None
+
+    def monitor_clipping(self, on: bool = True) -> None:
+        """Counts from now on how often and how far r and d are clipped, or no longer does.
+
+        :func:`batchrenorm_cuda.monitor_clipping` does it for a model and says more. Counts start at
+        zero, and are dropped at the end; True goes on with those there are.
+        """
+        if not on:
+            self._clipping = None
+        elif self._clipping is None:
+            self._require_statistics("clipping cannot be monitored")
+            if is_lazy(self.running_mean):
+                raise ValueError("clipping cannot be monitored before the layer has seen a batch")
+            self._clipping = new_counts(self.num_features, self.running_mean.device)
+
+    def read_clipping(self) -> Clipping:
+        """What was clipped since the start or the last reset. Waits for the device."""
+        if self._clipping is None:
+            raise ValueError("clipping must be monitored to be read: call monitor_clipping() first")
+        return Clipping.of(self._clipping)
+
+    def reset_clipping(self) -> None:
+        """Starts counting over, in place; nothing to do when clipping is not monitored."""
+        if self._clipping is not None:
+            self._clipping.zero_()
+
+    def _require_statistics(self, refusal: str) -> None:
+        if self.schedule is None:
+            raise ValueError(f"{refusal} on a layer with track_running_stats=False")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):  # torch.fx takes modules of torch.nn alone for leaves
+            tracer = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        self._check_input_dim(input)
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. A weight
         # that is not there is parametrized.
         buffers, parameters = self._buffers, self._parameters
         running_mean = buffers["running_mean"]
         return batch_renorm(
-            x,
+            input,
             running_mean,
             buffers["running_std"],
             parameters["weight"] if "weight" in parameters else self.weight,
             parameters["bias"] if "bias" in parameters else self.bias,
-            self.training or running_mean is None,
+            (self.training and not self.statistics_frozen) or running_mean is None,
             self.momentum,
             self.eps,
             num_batches_tracked=buffers["num_batches_tracked"],
             schedule=buffers["schedule"],
             skip_nonfinite=self.skip_nonfinite,
+            clipping=self._clipping,
         )
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -156,6 +240,8 @@ class _BatchRenorm(nn.Module):
             text += ", skip_nonfinite=True"
         if self.track_running_stats:
             text += f", schedule={self._schedule}"
+        if self.statistics_frozen:
+            text += ", statistics_frozen=True"
         return text
 
     def _apply(self, fn: Any, recurse: bool = True) -> _BatchRenorm:
@@ -171,6 +257,10 @@ class _BatchRenorm(nn.Module):
                 return t.to(moved.device, dtype) if moved.dtype != dtype else moved
             return moved
 
+        if self._clipping is not None:
+            moved = fn(self._clipping)
+            exact = moved.dtype == self._clipping.dtype
+            self._clipping = moved if exact else self._clipping.to(moved.device)
         return super()._apply(kept_precise, recurse)
 
     def _load_from_state_dict(
@@ -228,11 +318,19 @@ class _BatchRenorm(nn.Module):
         schedule = state_dict.get(f"{prefix}schedule")
         if schedule is None or schedule is self.schedule or schedule.is_meta:
             return self._schedule
-        state_dict[f"{prefix}schedule"] = schedule.double()
         try:
-            return RenormSchedule.from_tensor(schedule)
+            found = self._schedule.recognised_in(schedule)
         except ValueError as error:
             raise ValueError(f"{prefix}schedule: {error}") from None
+        state_dict[f"{prefix}schedule"] = found.as_tensor(schedule.device)
+        return found
+
+
+def layers_of(model: nn.Module) -> dict[str, _BatchRenorm]:
+    """The Batch Renorms of a model, each once, by its first name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchRenorm)}
 
 
 class BatchRenorm1d(_BatchRenorm):
@@ -257,11 +355,11 @@ class BatchRenorm1d(_BatchRenorm):
         affine: whether there are a weight (starts at 1) and a bias (at 0) to learn.
         track_running_stats: False: no moving statistics. The batch is normalised by its own, in
             inference too, and r = 1, d = 0: plain Batch Normalization.
+        device, dtype: of weight and bias. Statistics are float64 beside float64, else float32, and
+            stay so under .half() and .to(dtype).
         bias: False: a weight only.
         schedule: limits of r and d by number of batches seen.
         skip_nonfinite: let a batch with a NaN or inf anywhere move neither statistics nor counter.
-        device, dtype: of weight and bias. Statistics are float64 beside float64, else float32, and
-            stay so under .half() and .to(dtype).
 
     State:
         weight, bias: parameters [C].
@@ -269,6 +367,7 @@ class BatchRenorm1d(_BatchRenorm):
             deviations, with eps in them.
         num_batches_tracked: buffer, int64: training batches seen.
         schedule: buffer, float64 [5]: see :meth:`set_schedule` and RenormSchedule.
+        statistics_frozen: attribute, not saved: see :func:`batchrenorm_cuda.freeze_statistics`.
 
     load_state_dict takes the state of a BatchNorm too: running_std = sqrt(running_var + eps), and
     the schedule stays as it is. Statistics that are not finite, or a running_std that is not

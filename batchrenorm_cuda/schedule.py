@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
-from numbers import Real
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_STEPS = ("warmup_steps", "r_max_step", "d_max_step")
 
-@dataclass(frozen=True)
+# What stands for an infinite limit in the buffer. No r or d in float32 is beyond it; but an average
+# of infinities, as torch's AveragedModel makes of buffers, is inf - inf.
+_NO_LIMIT = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True, repr=False)
 class RenormSchedule:
     """Limits of r and d as a function of the number of batches seen so far.
 
@@ -22,6 +29,11 @@ class RenormSchedule:
     the first step after the warm-up on. With both, `RenormSchedule(5000, math.inf, 5000, math.inf,
     5000)` turns unlimited renormalization on at once.
 
+    With gradient accumulation a layer sees several batches, the microbatches, for each step of the
+    optimiser. `steps_per_update` says how many, and all other numbers then count the steps of the
+    optimiser. Limits go on moving in a straight line from one microbatch to the next. A layer's
+    momentum is still the weight of a microbatch.
+
     Args:
         warmup_steps: batches of plain Batch Normalization, >= 0.
         r_max: last limit of the scale correction, 1/r_max <= r <= r_max, >= 1. 1 turns the
@@ -30,6 +42,8 @@ class RenormSchedule:
         d_max: last limit of the shift correction, |d| <= d_max in units of the moving standard
             deviation, >= 0. 0 turns the correction off.
         d_max_step: number of batches after which d_max is reached, >= warmup_steps.
+        steps_per_update: batches that the layer sees for one of those counted above, a whole number
+            >= 1. To change it in mid-training see :func:`batchrenorm_cuda.set_steps_per_update`.
 
     Raises:
         ValueError: for a number outside its range, naming it.
@@ -41,6 +55,7 @@ class RenormSchedule:
     r_max_step: float = 40000
     d_max: float = 5.0
     d_max_step: float = 25000
+    steps_per_update: int = 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -52,6 +67,7 @@ class RenormSchedule:
             raise ValueError(f"r_max must be >= 1, got {self.r_max}")
         if not self.d_max >= 0:
             raise ValueError(f"d_max must be >= 0, got {self.d_max}")
+        require_steps_per_update(self.steps_per_update)
         for name in ("r_max_step", "d_max_step"):
             step = getattr(self, name)
             if not (self.warmup_steps <= step < math.inf):
@@ -64,31 +80,82 @@ class RenormSchedule:
         """A schedule that does not move: these limits from the first batch on."""
         return cls(warmup_steps=0, r_max=r_max, r_max_step=0, d_max=d_max, d_max_step=0)
 
+    def __repr__(self) -> str:
+        shown = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.steps_per_update == 1:
+            del shown["steps_per_update"]
+        return f"RenormSchedule({', '.join(f'{name}={v!r}' for name, v in shown.items())})"
+
     def as_tensor(self, device: torch.device | str | None = None) -> Tensor:
-        """The five numbers, float64 [5], in the order of the fields: the layer's `schedule`
-        buffer."""
-        return torch.tensor(astuple(self), dtype=torch.float64, device=device)
+        """The layer's `schedule` buffer, float64 [5]: the first five fields, in their order.
+
+        Steps are in batches, that is, multiplied by steps_per_update. An infinite limit is the
+        largest float32, which kernels do not reach either.
+        """
+        per = self.steps_per_update
+        numbers = (
+            self.warmup_steps * per,
+            min(self.r_max, _NO_LIMIT),
+            self.r_max_step * per,
+            min(self.d_max, _NO_LIMIT),
+            self.d_max_step * per,
+        )
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
 
     @classmethod
-    def from_tensor(cls, schedule: Tensor) -> RenormSchedule:
-        """The inverse of `as_tensor`. Reads the tensor on the host, which waits for its device."""
+    def from_tensor(cls, schedule: Tensor, steps_per_update: int = 1) -> RenormSchedule:
+        """The inverse of `as_tensor`. Reads the tensor on the host, which waits for its device.
+
+        The tensor does not say what part steps_per_update had in its numbers. Without it, the
+        schedule found is the same in batches.
+        """
         if schedule.shape != (5,):
             raise ValueError(f"schedule must have shape (5,), got {tuple(schedule.shape)}")
-        values = dict(zip(cls.__dataclass_fields__, schedule.tolist(), strict=True))
-        for name in ("warmup_steps", "r_max_step", "d_max_step"):
+        require_steps_per_update(steps_per_update)
+        names = [field.name for field in fields(cls)][:5]
+        values = dict(zip(names, schedule.tolist(), strict=True))
+        for name in _STEPS:
+            values[name] /= steps_per_update
             if values[name].is_integer():
                 values[name] = int(values[name])
-        return cls(**values)
+        for name in ("r_max", "d_max"):
+            if values[name] >= _NO_LIMIT:
+                values[name] = math.inf
+        # An average of ones, such as AveragedModel makes of buffers, may be a little less than one.
+        if 1 - 1e-6 < values["r_max"] < 1:
+            values["r_max"] = 1.0
+        return cls(**values, steps_per_update=steps_per_update)
+
+    def recognised_in(self, schedule: Tensor) -> RenormSchedule:
+        """from_tensor, for a layer that has this schedule: if the tensor is this one with another
+        steps_per_update, the schedule found says which."""
+        found = RenormSchedule.from_tensor(schedule)
+        tried = {self.steps_per_update}
+        tried |= {getattr(found, n) / getattr(self, n) for n in _STEPS if getattr(self, n) > 0}
+        for per in tried:
+            if per == int(per) >= 1:
+                same = replace(self, steps_per_update=int(per))
+                if torch.equal(same.as_tensor(), found.as_tensor()):
+                    return same
+        return found
 
     def limits_at(self, step: int) -> tuple[float, float]:
-        """(r_max, d_max) for the batch that comes after `step` others.
+        """(r_max, d_max) for the batch that comes after `step` others, microbatches included.
 
         The mirror, for people and for the reference, of what the kernels compute on the device
         (limits_at in csrc/core/math.h).
         """
-        r_max = _ramp(step, self.warmup_steps, self.r_max_step, 1.0, self.r_max)
-        d_max = _ramp(step, self.warmup_steps, self.d_max_step, 0.0, self.d_max)
+        start, r_end, d_end = (getattr(self, name) * self.steps_per_update for name in _STEPS)
+        r_max = _ramp(step, start, r_end, 1.0, self.r_max)
+        d_max = _ramp(step, start, d_end, 0.0, self.d_max)
         return r_max, d_max
+
+
+def require_steps_per_update(value: Any, name: str = "steps_per_update") -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
 
 
 def _ramp(step: float, start: float, end: float, first: float, last: float) -> float:

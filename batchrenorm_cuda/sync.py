@@ -21,6 +21,7 @@ from torch.autograd.graph import increment_version
 from . import _ops, checkpoint
 from .arguments import check_arguments
 from .autograd import Gradients
+from .clipping import counting
 from .functional import _transforms_are_active, _wants_gradient, _wide
 from .lazy import _LazyBatchRenorm
 from .modules import _BatchRenorm
@@ -102,7 +103,13 @@ def _merged(x: Tensor, step: tuple, group: Any, world: int, wants: bool) -> tupl
 
 @torch._disable_dynamo
 def _trained(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple, group: Any, world: int
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: tuple,
+    clipping: Tensor | None,
+    group: Any,
+    world: int,
 ) -> Tensor:
     if _transforms_are_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
@@ -123,8 +130,11 @@ def _trained(
         known, keep = checkpoint.repetition(running_mean)
     wants = _wants_gradient(x, weight, bias)
     if known is None:
+        count = None if clipping is None else counting(clipping, step, None)
         with torch.no_grad():
             known = _merged(x, step, group, world, wants)
+        if count is not None:
+            count(known[0])
     if keep is not None:
         keep(known)
     stats, total = known
@@ -224,7 +234,8 @@ class SyncBatchRenorm(_BatchRenorm):
         return copied
 
     def _world(self) -> int:
-        if not (self.training and dist.is_available() and dist.is_initialized()):
+        together = dist.is_available() and dist.is_initialized()
+        if not (self.training and together) or self.statistics_frozen:
             return 1
         world = dist.get_world_size(self.process_group)
         if world < 1:
@@ -250,7 +261,9 @@ class SyncBatchRenorm(_BatchRenorm):
             0.0,
             self.skip_nonfinite,
         )
-        return _trained(input, self.weight, self.bias, step, self.process_group, world)
+        return _trained(
+            input, self.weight, self.bias, step, self._clipping, self.process_group, world
+        )
 
 
 class LazySyncBatchRenorm(_LazyBatchRenorm):

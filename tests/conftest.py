@@ -37,7 +37,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    reports = [r for rs in terminalreporter.stats.values() for r in rs if hasattr(r, "when")]
+    reports = [
+        r for rs in terminalreporter.stats.values() for r in rs if isinstance(r, pytest.TestReport)
+    ]
     gpu = {r.nodeid for r in reports if "gpu" in r.keywords}
     skipped = {r.nodeid for r in reports if "gpu" in r.keywords and r.outcome == "skipped"}
     terminalreporter.write_line(

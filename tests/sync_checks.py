@@ -29,6 +29,8 @@ from batchrenorm_cuda import (
     RenormSchedule,
     SyncBatchRenorm,
     convert_sync,
+    freeze_statistics,
+    update_stats,
 )
 
 CHANNELS = 5
@@ -506,6 +508,45 @@ def copies_keep_their_group(rank: Rank) -> None:
     assert again.process_group is group or again.process_group == group
     again(torch.randn(2, CHANNELS, dtype=torch.float64))
     assert_same_bits(again.running_mean)
+
+
+def clipping_is_counted_as_by_one_process(rank: Rank) -> None:
+    """In every rank, those without examples included."""
+    for shares in shares_of(rank.world):
+        sync, alone = pair(2)
+        sync.monitor_clipping(), alone.monitor_clipping()
+        for seed in range(3):
+            whole, dy = draw(shares, (), seed=seed)
+            train(alone, whole, dy)
+            train(sync, mine(rank, whole, shares), mine(rank, dy, shares))
+        found, wanted = sync.read_clipping(), alone.read_clipping()
+        assert found.steps == 3
+        assert vars(found) == pytest.approx(vars(wanted), rel=1e-9)
+
+
+def frozen_it_exchanges_nothing(rank: Rank) -> None:
+    """Ranks that do different numbers of forwards do not wait for one another."""
+    shares = [2] * rank.world
+    sync, alone = pair(2)
+    freeze_statistics(sync)
+    whole, dy = draw(shares, ())
+    before = [t.clone() for t in sync.buffers()]
+    for _ in range(1 + rank.rank):
+        y, dx = train(sync, mine(rank, whole, shares), mine(rank, dy, shares))
+    wanted_y, wanted_dx = train(alone.eval(), whole, dy)
+    near(y, mine(rank, wanted_y, shares), "y")
+    near(dx, mine(rank, wanted_dx, shares), "dx")
+    assert all(torch.equal(t, b) for t, b in zip(sync.buffers(), before, strict=True))
+
+
+def an_update_of_the_statistics_is_over_all_ranks(rank: Rank) -> None:
+    shares = [1 + 3 * r for r in range(rank.world)]
+    sync, alone = pair(2)
+    data = [draw(shares, (), seed=seed)[0] for seed in range(3)]
+    update_stats(sync, [mine(rank, x, shares) for x in data])
+    update_stats(alone, data)
+    for (name, t), wanted in zip(sync.named_buffers(), alone.buffers(), strict=True):
+        near(t.double(), wanted.double(), name)
 
 
 def equals_one_process_on_gpus(rank: Rank) -> None:

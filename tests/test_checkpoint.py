@@ -18,6 +18,7 @@ import pytest
 import torch
 from devices import each_device
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from batchrenorm_cuda import BatchRenorm2d, RenormSchedule, batch_renorm
+from batchrenorm_cuda import BatchRenorm2d, RenormSchedule, batch_renorm, checkpoint_context_fn
 
 FRONT, BACK = slice(None, 3), slice(3, None)
 
@@ -181,6 +182,7 @@ SAVES_THE_LAYER = {
         create_selective_checkpoint_contexts, [torch.ops.batchrenorm.forward.default]
     )
 }
+CONVOLUTIONS = [torch.ops.aten.convolution.default]
 KINDS = {
     "not reentrant": (NOT,),
     "reentrant": (REENTRANT,),
@@ -189,6 +191,10 @@ KINDS = {
     "alternating, reentrant first": (REENTRANT, NOT),
     "selective": (NOT | SELECTIVE,),
     "selective, saves the layer": (NOT | SAVES_THE_LAYER,),
+    "selective, by our helper": (NOT | {"context_fn": checkpoint_context_fn},),
+    "selective, by our helper and a list": (
+        NOT | {"context_fn": functools.partial(checkpoint_context_fn, CONVOLUTIONS)},
+    ),
 }
 
 
@@ -416,6 +422,31 @@ def test_a_policy_that_saves_the_layer_may_be_a_function():
     found_gradients, found_state = run(outstanding, of_kinds(NOT | {"context_fn": contexts}), "cpu")
     torch.testing.assert_close(found_state, state, rtol=0, atol=0)
     torch.testing.assert_close(found_gradients, gradients)
+
+
+class Count(TorchDispatchMode):
+    """How often an operator is computed."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.calls = op, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is self.op
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "calls"),
+    [(None, 4), (CONVOLUTIONS, 2), (lambda context, op, *_, **__: op in CONVOLUTIONS, 2)],
+    ids=["none", "list", "function"],
+)
+def test_a_policy_of_your_own_still_decides(policy, calls):
+    model, (x, *_) = network("cpu"), batches("cpu")
+    contexts = functools.partial(checkpoint_context_fn, policy)
+    with Count(*CONVOLUTIONS) as count:
+        loss(checkpoint(model, x, use_reentrant=False, context_fn=contexts)).backward()
+    assert count.calls == calls
 
 
 def test_ordinary_training_does_not_look_for_regions(monkeypatch):

@@ -222,11 +222,14 @@ def test_the_cumulative_average(device):
 
 
 def test_the_arguments_of_batch_norm_come_first_and_in_order():
-    module = BatchRenorm2d(4, 1e-3, 0.1, False, False)
+    module = BatchRenorm2d(4, 1e-3, 0.1, True, False, "meta", torch.float16)
     found = (module.eps, module.momentum, module.affine, module.track_running_stats)
-    assert found == (1e-3, 0.1, False, False)
+    assert found == (1e-3, 0.1, True, False)
+    assert module.weight.is_meta and module.weight.dtype == torch.float16
     with pytest.raises(TypeError):
-        BatchRenorm2d(4, 1e-3, 0.1, False, False, False)
+        BatchRenorm2d(4, 1e-3, 0.1, False, False, None, None, False)
+    x = torch.randn(6, 4, 2, 2)
+    assert torch.equal(BatchRenorm2d(4)(input=x), BatchRenorm2d(4)(x))
 
 
 def test_sync_batch_norm_does_not_swallow_the_layer():
@@ -259,3 +262,27 @@ def test_functional_call_replaces_parameters_and_buffers():
     y = torch.func.functional_call(module, state, (x,))
     assert module.num_batches_tracked == 0 and state["num_batches_tracked"] == 1
     torch.testing.assert_close(y, 2 * module(x))
+
+
+@each_device()
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last_goes_through_a_network(training, device):
+    """One layer that fell back to contiguous would make every convolution after it convert."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), BatchRenorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, stride=2), BatchRenorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 4, 1), BatchRenorm2d(4)),
+    )
+    model.to(device, memory_format=torch.channels_last).train(training)
+    formats = []
+    for layer in model:
+        layer.register_forward_hook(
+            lambda *call: formats.append(call[2].is_contiguous(memory_format=torch.channels_last))
+        )
+    x = torch.randn(4, 3, 9, 9, device=device).to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    y = model(x)
+    y.backward(torch.randn_like(y))
+    assert len(formats) == 8 and all(formats)
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)

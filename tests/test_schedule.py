@@ -58,6 +58,8 @@ def test_limits_may_jump_and_be_infinite():
         ({"r_max": "3"}, TypeError, "r_max must be a number, got '3'"),
         ({"d_max": torch.tensor(1.0)}, TypeError, "d_max must be a number"),
         ({"warmup_steps": True}, TypeError, "warmup_steps must be a number"),
+        ({"steps_per_update": 0}, ValueError, "steps_per_update must be >= 1, got 0"),
+        ({"steps_per_update": 1.5}, TypeError, "steps_per_update must be a whole number, got 1.5"),
     ],
 )
 def test_a_bad_schedule_names_its_argument(arguments, error, message):
@@ -67,12 +69,17 @@ def test_a_bad_schedule_names_its_argument(arguments, error, message):
 
 @pytest.mark.parametrize(
     "schedule",
-    [RenormSchedule(), RenormSchedule.constant(INF, 0.0), RenormSchedule(0.5, 2, 1.5, 3, 4)],
+    [
+        RenormSchedule(),
+        RenormSchedule.constant(INF, 0.0),
+        RenormSchedule(0.5, 2, 1.5, 3, 4),
+        RenormSchedule(500, INF, 4000, 5.0, 2500, steps_per_update=6),
+    ],
 )
 def test_a_schedule_survives_its_tensor_and_its_repr(schedule):
     tensor = schedule.as_tensor()
     assert tensor.dtype == torch.float64 and tensor.shape == (5,)
-    assert RenormSchedule.from_tensor(tensor) == schedule
+    assert RenormSchedule.from_tensor(tensor, schedule.steps_per_update) == schedule
     assert eval(repr(schedule), {"RenormSchedule": RenormSchedule, "inf": INF}) == schedule
     assert (
         repr(RenormSchedule.from_tensor(tensor)) == repr(schedule) or schedule != RenormSchedule()
@@ -84,6 +91,24 @@ def test_from_tensor_refuses_what_is_no_schedule():
         RenormSchedule.from_tensor(torch.zeros(4))
     with pytest.raises(ValueError, match="r_max must be >= 1, got 0.0"):
         RenormSchedule.from_tensor(torch.zeros(5))
+
+
+def test_from_tensor_takes_an_average_of_ones_and_a_true_infinity():
+    """What moving averages of buffers, and checkpoints of other makers, may hold."""
+    tensor = torch.tensor([0, 1 - 1e-15, 0, INF, 0], dtype=torch.float64)
+    assert RenormSchedule.from_tensor(tensor) == RenormSchedule.constant(1.0, INF)
+
+
+def test_microbatches_are_fractions_of_a_step():
+    updates, batches = RenormSchedule(2, 3.0, 6, 4.0, 4), RenormSchedule(8, 3.0, 24, 4.0, 16)
+    schedule = RenormSchedule(2, 3.0, 6, 4.0, 4, steps_per_update=4)
+    assert torch.equal(schedule.as_tensor(), batches.as_tensor())
+    assert RenormSchedule.from_tensor(schedule.as_tensor()) == batches != schedule
+    for step in range(30):
+        assert schedule.limits_at(step) == batches.limits_at(step)
+        assert schedule.limits_at(4 * step) == updates.limits_at(step)
+    assert schedule.limits_at(10) == (1.25, 1.0)  # on the line between two updates
+    assert repr(schedule).endswith("d_max_step=4, steps_per_update=4)")
 
 
 def test_a_schedule_is_a_value():

@@ -185,7 +185,9 @@ inline Tensor as(const Tensor& x, Layout layout) {
 }
 
 // Columns of weights may come expanded or strided: kernels read them as [C], or as [rows][C].
-inline Tensor packed(const Tensor& t) { return torch::stable::contiguous(t); }
+inline Tensor packed(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 inline OptionalTensor packed(const OptionalTensor& t) {
   return t ? OptionalTensor(packed(*t)) : std::nullopt;
 }

@@ -23,8 +23,7 @@ cudaStream_t current_stream(const Tensor& x) {
 }
 
 Tensor new_bytes(const Tensor& x, std::int64_t bytes) {
-  const std::array<std::int64_t, 1> shape{bytes};
-  return torch::stable::new_empty(x, shape, ScalarType::Byte);
+  return empty(x, ScalarType::Byte, std::array<std::int64_t, 1>{bytes});
 }
 
 void check_launch(cudaError_t error, const char* pass) {

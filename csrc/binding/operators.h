@@ -7,6 +7,7 @@
 
 #include "../core/ranks.h"
 #include "../kernels/launch.h"
+#include "allocate.h"
 #include "checks.h"
 
 #include <torch/csrc/stable/library.h>
@@ -23,13 +24,13 @@ inline Tensor new_stats(const Tensor& x) {
   const std::array<std::int64_t, 2> shape{kStatRows, x.size(1)};
   // An empty batch launches nothing that would write them.
   return x.numel() == 0 ? torch::stable::new_zeros(x, shape, statistic_type(x))
-                        : torch::stable::new_empty(x, shape, statistic_type(x));
+                        : empty(x, statistic_type(x), shape);
 }
 
 inline Tensor new_gradient(const Tensor& x) {
   const std::array<std::int64_t, 1> shape{x.size(1)};
   return x.numel() == 0 ? torch::stable::new_zeros(x, shape, statistic_type(x))
-                        : torch::stable::new_empty(x, shape, statistic_type(x));
+                        : empty(x, statistic_type(x), shape);
 }
 
 // What a training step is done to and with, beside the batch.
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   const Tensor input = as(x, layout);
   const OptionalTensor packed_weight = packed(weight), packed_bias = packed(bias),
                        packed_schedule = packed(schedule);
-  Tensor y = torch::stable::empty_like(input);
+  Tensor y = empty_as(input);
 
   ForwardParams params;
   params.x = input.const_data_ptr();
@@ -155,7 +156,7 @@ Tensor normalize(const Tensor& x, const OptionalTensor& weight, const OptionalTe
   const Layout layout = layout_of(x);
   const Tensor input = as(x, layout);
   const OptionalTensor packed_weight = packed(weight), packed_bias = packed(bias);
-  Tensor y = torch::stable::empty_like(input);
+  Tensor y = empty_as(input);
 
   InferenceParams params;
   params.x = input.const_data_ptr();
@@ -179,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& dy, const Tensor&
   const Layout layout = layout_of(x);
   const Tensor input = as(x, layout), cotangent = as(dy, layout);
   const OptionalTensor packed_weight = packed(weight);
-  Tensor dx = torch::stable::empty_like(input);
+  Tensor dx = empty_as(input);
 
   BackwardParams params;
   params.dy = cotangent.const_data_ptr();

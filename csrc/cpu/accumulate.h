@@ -1,6 +1,7 @@
-// What the reductions keep: moments and sums, lane by lane.
+// Lane by lane: what the reductions keep, moments and sums, and the normalisation.
 #pragma once
 
+#include "centre.h"
 #include "lanes.h"
 
 #include <cstdint>
@@ -25,12 +26,9 @@ BRN_LANES SharedMoments<Real, Value> merge(SharedMoments<Real, Value> a,
 }
 
 template <typename T>
-struct Centre {
-  Lanes<T> pivot;
-  Lanes<T> offset;
-
-  BRN_LANES Lanes<T> operator()(Lanes<T> x) const { return (x - pivot) - offset; }
-};
+BRN_LANES Lanes<T> apply(const CentredAffine<Lanes<T>>& a, Lanes<T> x) {
+  return (x - a.centre) * a.scale + a.shift;
+}
 
 template <typename T>
 struct LaneSums {
@@ -66,13 +64,12 @@ BRN_LANES Value sum_of_eight(const Value (&v)[8]) {
 
 // Eight vectors of dy and of x, `stride` elements apart.
 template <typename T>
-BRN_LANES LaneSums<T> tile_sums(const T* dy, const T* x, std::int64_t stride,
-                                const Centre<T>& centre) {
+BRN_LANES LaneSums<T> tile_sums(const T* dy, const T* x, std::int64_t stride, Lanes<T> centre) {
   Lanes<T> g[8];
   Lanes<T> gx[8];
   for (int k = 0; k < 8; ++k) {
     g[k] = load(dy + k * stride);
-    gx[k] = g[k] * centre(load(x + k * stride));
+    gx[k] = g[k] * (load(x + k * stride) - centre);
   }
   return {sum_of_eight(g), sum_of_eight(gx)};
 }

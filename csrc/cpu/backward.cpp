@@ -17,7 +17,7 @@ struct Backward : SumsReduction<T> {
   using Real = RealOf<T>;
   using Reduction = SumsReduction<T>;
   using Reduction::dy, Reduction::problem, Reduction::stats_of, Reduction::training, Reduction::x;
-  enum Fact { kPivot = Reduction::kPivot, kOffset, kMeanG, kSlope, kScale, kFacts };
+  enum Fact { kCentre = Reduction::kCentre, kResidue, kMeanG, kSlope, kScale, kFacts };
 
   const BackwardParams& params;
 
@@ -28,11 +28,12 @@ struct Backward : SumsReduction<T> {
       const std::int64_t c = slab.channel + w;
       const StatsChunk<Real> stats = stats_of(c, n);
       const Values weight = Values::load(at<Real>(params.weight, c), n, Real(1));
-      const SumsChunk<Real> sums = this->sums_of(total, w, n);
+      const SumsChunk<Real> sums = this->sums_of(total, facts, w, n);
       Values dweight, dbias, mean_g, slope, scale;
       for (std::int64_t k = 0; k < n; ++k) {
         const Sums<Real> both = sums[k];
-        const Projection<Real> p = projection(both, count, stats[k], weight[k], training());
+        const Projection<Real> p =
+            centred(projection(both, count, stats[k], weight[k], training()), centre_of(stats[k]));
         dweight[k] = weight_gradient(both, stats[k]);
         dbias[k] = both.g;
         mean_g[k] = p.mean_g;
@@ -48,8 +49,8 @@ struct Backward : SumsReduction<T> {
   }
 
   void write(const Part& part, const Table<Real>& facts) const {
-    sweeps<T>().project(part, dy, x, {facts[kPivot], facts[kOffset]},
-                        {facts[kMeanG], facts[kSlope], facts[kScale]}, static_cast<T*>(params.dx));
+    sweeps<T>().project(part, dy, x, facts[kCentre], {facts[kMeanG], facts[kSlope], facts[kScale]},
+                        static_cast<T*>(params.dx));
   }
 };
 

@@ -10,7 +10,7 @@ namespace {
 template <typename T>
 struct Project {
   using Real = RealOf<T>;
-  enum Fact { kPivot, kOffset, kMeanG, kSlope, kScale, kFacts };
+  enum Fact { kCentre, kMeanG, kSlope, kScale, kFacts };
   enum Row { kPartials };
 
   const Problem& problem;
@@ -25,20 +25,21 @@ struct Project {
       for (std::int64_t k = 0; k < n; ++k) {
         const Sums<Real> sums{static_cast<Real>(params.sums[c + k]),
                               static_cast<Real>(params.sums[problem.channels + c + k])};
-        const Projection<Real> p = projection(sums, count, stats[k], weight[k], true);
+        const Centre<Real> centre = centre_of(stats[k]);
+        const Projection<Real> p =
+            centred(projection(sums, count, stats[k], weight[k], true), centre);
+        facts[kCentre][w + k] = centre.centre;
         facts[kMeanG][w + k] = p.mean_g;
         facts[kSlope][w + k] = p.slope;
         facts[kScale][w + k] = p.scale;
       }
-      stats.pivot.store(facts[kPivot] + w, n);
-      stats.offset.store(facts[kOffset] + w, n);
     });
   }
 
   void write(const Part& part, const Table<Real>& facts) const {
     sweeps<T>().project(part, static_cast<const T*>(params.dy), static_cast<const T*>(params.x),
-                        {facts[kPivot], facts[kOffset]},
-                        {facts[kMeanG], facts[kSlope], facts[kScale]}, static_cast<T*>(params.dx));
+                        facts[kCentre], {facts[kMeanG], facts[kSlope], facts[kScale]},
+                        static_cast<T*>(params.dx));
   }
 };
 

@@ -9,16 +9,16 @@ template <typename T>
 struct RankSums : SumsReduction<T> {
   using Real = RealOf<T>;
   using Reduction = SumsReduction<T>;
-  enum Fact { kPivot = Reduction::kPivot, kOffset, kFacts };
+  enum Fact { kCentre = Reduction::kCentre, kResidue, kFacts };
 
   const BackwardSumsParams& params;
 
-  void finish(const Part& slab, const Table<Real>& total, const Table<Real>&) const {
+  void finish(const Part& slab, const Table<Real>& total, const Table<Real>& facts) const {
     const std::int64_t channels = this->problem.channels;
     for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
       const std::int64_t c = slab.channel + w;
       const StatsChunk<Real> stats = this->stats_of(c, n);
-      const SumsChunk<Real> sums = this->sums_of(total, w, n);
+      const SumsChunk<Real> sums = this->sums_of(total, facts, w, n);
       for (std::int64_t k = 0; k < n; ++k) {
         const ExactSums exact = sums.exact(k);
         params.sums[c + k] = exact.g;

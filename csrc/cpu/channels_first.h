@@ -34,13 +34,13 @@ template <bool kToWrite = false, typename T>
 BRN_LANES void fetch_next(const Part& part, const T* plane) {
   constexpr std::int64_t kShort = 2048 / sizeof(T);
   constexpr std::int64_t kLine = 64 / sizeof(T);
-  if (part.cached || part.plane > kShort) return;
+  if (part.plane > kShort) return;
   for (std::int64_t i = 0; i < part.plane; i += kLine)
     __builtin_prefetch(plane + part.plane + i, kToWrite);
 }
 
-// Positions that are read twice for their moments: 256 vectors, so that a sum in four chains adds 64
-// of them to each, and 16 KB at the most, half of an L1.
+// Positions that are read twice for their moments: 256 vectors, so that a sum in four chains adds
+// 64 of them to each, and 16 KB at the most, half of an L1.
 template <typename T>
 constexpr std::int64_t kTile = 256 * kLanes<T>;
 
@@ -94,7 +94,7 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, 
 // and the exact total.
 template <typename T>
 struct ChannelSums {
-  const Centre<T>& centre;
+  const Lanes<T> centre;
   ExactSum<Lanes<T>> g{};
   ExactSum<Lanes<T>> gx{};
   LaneSums<T> open{};
@@ -108,14 +108,14 @@ struct ChannelSums {
     constexpr int kStep = kLanes<T>;
     std::int64_t i = 0;
     for (; i + 8 * kStep <= length; i += 8 * kStep) close(tile_sums(dy + i, x + i, kStep, centre));
-    for (; i + kStep <= length; i += kStep, ++vectors) add(load(dy + i), centre(load(x + i)));
+    for (; i + kStep <= length; i += kStep, ++vectors) add(load(dy + i), load(x + i) - centre);
     if (i < length) {
       if (length >= kStep) {
         const Mask<T> mask = last_elements<T>(length - i);
-        add(mask(load(dy + length - kStep)), mask(centre(load(x + length - kStep))));
+        add(mask(load(dy + length - kStep)), mask(load(x + length - kStep) - centre));
       } else {
         const Mask<T> mask = first_elements<T>(length);
-        add(load_first(dy, length), mask(centre(load_first(x, length))));
+        add(load_first(dy, length), mask(load_first(x, length) - centre));
       }
       ++vectors;
     }
@@ -125,7 +125,7 @@ struct ChannelSums {
       vectors = 0;
     }
   }
-  BRN_LANES void add(Lanes<T> v, Lanes<T> x_minus_mean) { open += {v, v * x_minus_mean}; }
+  BRN_LANES void add(Lanes<T> v, Lanes<T> x_minus_centre) { open += {v, v * x_minus_centre}; }
 };
 
 // Sum and error of all lanes together.
@@ -156,10 +156,9 @@ BRN_LANES ExactSum<RealOf<T>> across(const ExactSum<Lanes<T>>& lanes) {
 
 template <typename T>
 BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const T* x,
-                            const Centres<RealOf<T>>& centres, const SumRows<RealOf<T>>& rows) {
+                            const RealOf<T>* centres, const SumRows<RealOf<T>>& rows) {
   using Real = RealOf<T>;
-  const Centre<T> centre{Lanes<T>::of(centres.pivot[w]), Lanes<T>::of(centres.offset[w])};
-  ChannelSums<T> sums{centre};
+  ChannelSums<T> sums{Lanes<T>::of(centres[w])};
   const auto add = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
     fetch_next(part, dy + at);
     fetch_next(part, x + at);
@@ -192,8 +191,8 @@ BRN_LANES void cover(std::int64_t at, std::int64_t length, F whole, Rest rest) {
 template <typename T>
 BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
                                  const Affines<RealOf<T>>& a, T* y) {
-  const Affine<Lanes<T>> affine{Lanes<T>::of(a.pivot[w]), Lanes<T>::of(a.offset[w]),
-                                Lanes<T>::of(a.scale[w]), Lanes<T>::of(a.shift[w])};
+  const CentredAffine<Lanes<T>> affine{Lanes<T>::of(a.centre[w]), Lanes<T>::of(a.scale[w]),
+                                       Lanes<T>::of(a.shift[w])};
   const auto normalise = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
     const auto whole = [&](std::int64_t i)
                            BRN_INLINED { store(y + i, apply(affine, load(x + i))); };
@@ -208,18 +207,17 @@ BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
 
 template <typename T>
 BRN_LANES void channel_project(const Part& part, std::int64_t w, const T* dy, const T* x,
-                               const Centres<RealOf<T>>& centres, const Projections<RealOf<T>>& p,
-                               T* dx) {
-  const Centre<T> centre{Lanes<T>::of(centres.pivot[w]), Lanes<T>::of(centres.offset[w])};
+                               const RealOf<T>* centres, const Projections<RealOf<T>>& p, T* dx) {
+  const Lanes<T> centre = Lanes<T>::of(centres[w]);
   const Projection<Lanes<T>> projection{Lanes<T>::of(p.mean_g[w]), Lanes<T>::of(p.slope[w]),
                                         Lanes<T>::of(p.scale[w])};
   const auto project = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
     const auto whole = [&](std::int64_t i) BRN_INLINED {
-      store(dx + i, apply(projection, load(dy + i), centre(load(x + i))));
+      store(dx + i, apply(projection, load(dy + i), load(x + i) - centre));
     };
     const auto rest = [&](std::int64_t i, std::int64_t n) {
-      const Lanes<T> x_minus_mean = centre(load_first(x + i, n));
-      store_first(dx + i, apply(projection, load_first(dy + i, n), x_minus_mean), n);
+      const Lanes<T> x_minus_centre = load_first(x + i, n) - centre;
+      store_first(dx + i, apply(projection, load_first(dy + i, n), x_minus_centre), n);
     };
     fetch_next<true>(part, dx + at);
     cover<T>(at, length, whole, rest);

@@ -17,24 +17,23 @@ struct Rows {
   std::int64_t count;
   std::int64_t stride;
   std::int64_t width;
-  bool cached;
 };
 
 BRN_LANES Rows rows_of(const Part& part) {
-  return {part.first + part.begin * part.stride, part.end - part.begin, part.stride, part.width,
-          part.cached};
+  return {part.first + part.begin * part.stride, part.end - part.begin, part.stride, part.width};
 }
 
+#ifndef ROWMIN
+#define ROWMIN 512
+#endif
 constexpr int kRows = 8;  // of a tile
 
 // Calls f(column, end) for stretches of whole vectors. Where the width is no multiple of a vector,
 // the last one is a stretch of its own over columns that were done before, with the same result.
 template <typename T, typename F>
 BRN_LANES void for_each_stretch(const Rows& rows, F f) {
-  // From the cache, by 2 KB of parameters, which stay in the L1; from memory, rows in whole.
-  const std::int64_t columns = rows.cached ? 2048 / sizeof(RealOf<T>) : rows.width;
   const std::int64_t whole = rows.width / kLanes<T> * kLanes<T>;
-  for (std::int64_t c = 0; c < whole; c += columns) f(c, c + columns < whole ? c + columns : whole);
+  f(std::int64_t{0}, whole);
   if (whole < rows.width) f(rows.width - kLanes<T>, rows.width);
 }
 
@@ -47,7 +46,7 @@ BRN_LANES void touch(const Rows& rows, std::int64_t height, const T* tile,
                      const Others*... others) {
   constexpr std::int64_t kPage = 4096 / sizeof(T);
   constexpr std::int64_t kLine = 64 / sizeof(T);
-  if (rows.cached || rows.width != rows.stride || rows.stride > kPage / 2) return;
+  if (rows.width != rows.stride || rows.stride > kPage / 2) return;
   const std::int64_t size = height * rows.stride;
   for (std::int64_t page = 0; page < size; page += kPage) {
     const auto read = [&](const T* from) BRN_INLINED {
@@ -88,9 +87,114 @@ BRN_LANES LaneMoments<T> short_moments(const T* x, std::int64_t stride, Lanes<T>
   return {static_cast<RealOf<T>>(rows), mean, m2};
 }
 
+// ---- one row after the other
+
+// Rows that are too long for a tile and shorter than a page: prefetchers follow one row at a time
+// only. What is accumulated is then in the L1, in slots of a vector each (the last vector of a row
+// may cover columns of the one before it).
+template <typename T>
+BRN_LANES bool is_one_by_one(const Rows& rows) {
+  const std::int64_t bytes = rows.width * static_cast<std::int64_t>(sizeof(T));
+  return bytes > ROWMIN && bytes < 4096;
+}
+template <typename T>
+constexpr int kSlots = 4096 / BRN_VECTOR_BYTES;
+
+// Calls f(slot, column).
+template <typename T, typename F>
+BRN_LANES void for_each_slot(const Rows& rows, F f) {
+  const int whole = static_cast<int>(rows.width / kLanes<T>);
+  for (int slot = 0; slot < whole; ++slot) f(slot, slot * kLanes<T>);
+  if (whole * kLanes<T> < rows.width) f(whole, rows.width - kLanes<T>);
+}
+
+template <typename T>
+void row_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
+                 RealOf<T>* m2) {
+  using Real = RealOf<T>;
+  constexpr std::int64_t kTogether = 16;
+  Lanes<T> centre[kSlots<T>];
+  Lanes<T> sum[kSlots<T>];
+  Lanes<T> squares[kSlots<T>];
+  Lanes<T> means[kSlots<T>];
+  Lanes<T> m2s[kSlots<T>];
+  for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
+    centre[slot] = load_reals<T>(pivot + c);
+    means[slot] = m2s[slot] = {};
+  });
+  for (std::int64_t begin = 0; begin < rows.count; begin += kTogether) {
+    const std::int64_t end = begin + kTogether < rows.count ? begin + kTogether : rows.count;
+    for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
+      const Lanes<T> u = load(x + rows.first + begin * rows.stride + c) - centre[slot];
+      sum[slot] = u;
+      squares[slot] = u * u;
+    });
+    for (std::int64_t row = begin + 1; row < end; ++row) {
+      for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
+        const Lanes<T> u = load(x + rows.first + row * rows.stride + c) - centre[slot];
+        sum[slot] += u;
+        squares[slot] += u * u;
+      });
+    }
+    const Real count = static_cast<Real>(end - begin);
+    const Real before = static_cast<Real>(begin);
+    for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
+      const Lanes<T> pivots = load_reals<T>(pivot + c);
+      const Lanes<T> mean_u = sum[slot] * (Real(1) / count);
+      const LaneMoments<T> tile{count, (centre[slot] - pivots) + mean_u,
+                                squares[slot] - sum[slot] * mean_u};
+      const LaneMoments<T> total = merge(LaneMoments<T>{before, means[slot], m2s[slot]}, tile);
+      means[slot] = total.mean;
+      m2s[slot] = total.m2;
+      centre[slot] = pivots + total.mean;
+    });
+  }
+  for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
+    store_reals<T>(mean + c, means[slot]);
+    store_reals<T>(m2 + c, m2s[slot]);
+  });
+}
+
+template <typename T>
+void row_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
+              const SumRows<RealOf<T>>& out) {
+  constexpr std::int64_t kTogether = 8;
+  Lanes<T> centre[kSlots<T>];
+  LaneSums<T> sums[kSlots<T>];
+  struct {
+    ExactSum<Lanes<T>> g, gx;
+  } totals[kSlots<T>];
+  for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
+    centre[slot] = load_reals<T>(centres + c);
+    totals[slot] = {};
+  });
+  for (std::int64_t begin = 0; begin < rows.count; begin += kTogether) {
+    const std::int64_t end = begin + kTogether < rows.count ? begin + kTogether : rows.count;
+    for (std::int64_t row = begin; row < end; ++row) {
+      const std::int64_t at = rows.first + row * rows.stride;
+      for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
+        const Lanes<T> g = load(dy + at + c);
+        const LaneSums<T> more{g, g * (load(x + at + c) - centre[slot])};
+        sums[slot] = row == begin ? more : LaneSums<T>(sums[slot]) += more;
+      });
+    }
+    for_each_slot<T>(rows, [&](int slot, std::int64_t) BRN_INLINED {
+      totals[slot].g.add(sums[slot].g);
+      totals[slot].gx.add(sums[slot].gx);
+    });
+  }
+  for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
+    store_reals<T>(out.g + c, totals[slot].g.sum);
+    store_reals<T>(out.g_error + c, totals[slot].g.error);
+    store_reals<T>(out.gx + c, totals[slot].gx.sum);
+    store_reals<T>(out.gx_error + c, totals[slot].gx.error);
+  });
+}
+
 template <typename T>
 void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
                   RealOf<T>* m2) {
+  if (is_one_by_one<T>(rows)) return row_moments(rows, x, pivot, mean, m2);
   for_each_stretch<T>(rows, [&](std::int64_t column, std::int64_t end) BRN_INLINED {
     for (std::int64_t row = 0; row < rows.count; row += kRows) {
       const T* tile = x + rows.first + row * rows.stride;
@@ -113,27 +217,23 @@ void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T
 }
 
 template <typename T>
-BRN_LANES Centre<T> load_centre(const Centres<RealOf<T>>& centres, std::int64_t c) {
-  return {load_reals<T>(centres.pivot + c), load_reals<T>(centres.offset + c)};
-}
-
-template <typename T>
-void wide_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                const SumRows<RealOf<T>>& out) {
+  if (is_one_by_one<T>(rows)) return row_sums(rows, dy, x, centres, out);
   for_each_stretch<T>(rows, [&](std::int64_t column, std::int64_t end) BRN_INLINED {
     for (std::int64_t row = 0; row < rows.count; row += kRows) {
       const std::int64_t tile = rows.first + row * rows.stride;
       const std::int64_t height = rows.count - row < kRows ? rows.count - row : kRows;
       touch(rows, height, dy + tile, x + tile);
       for (std::int64_t c = column; c < end; c += kLanes<T>) {
-        const Centre<T> centre = load_centre<T>(centres, c);
+        const Lanes<T> centre = load_reals<T>(centres + c);
         LaneSums<T> sums{};
         if (height == kRows) {
           sums = tile_sums(dy + tile + c, x + tile + c, rows.stride, centre);
         } else {
           for (std::int64_t k = tile + c; k < tile + c + height * rows.stride; k += rows.stride) {
             const Lanes<T> g = load(dy + k);
-            sums += {g, g * centre(load(x + k))};
+            sums += {g, g * (load(x + k) - centre)};
           }
         }
         ExactSum<Lanes<T>> g{};
@@ -170,8 +270,7 @@ BRN_LANES void for_each_vector_of(const Rows& rows, F f) {
   });
 }
 
-// From the cache, as many rows together as find room in the sets of the L1, for which rows that are
-// a power of two apart compete. From memory, one after the other, as prefetchers like them (GB/s of
+// One row after the other, as prefetchers like them (GB/s of
 // x for y, C = 256, by 1, 2 and 4 rows: 12.5, 5.8, 5.3; C = 1024: 13.0, 9.2, 10.4), unless they are
 // very short, or so long that their parameters, kReals a channel, do not fit the L1 (C = 2048: 7.7,
 // 9.6, 10.8).
@@ -180,10 +279,8 @@ BRN_LANES void for_each_vector(const Rows& rows, F f) {
   const std::int64_t row = rows.stride * static_cast<std::int64_t>(sizeof(T));
   const std::int64_t parameters =
       rows.width * static_cast<std::int64_t>(kReals * sizeof(RealOf<T>));
-  if (row <= (rows.cached ? 1024 : 128)) {
+  if (row <= 128) {
     for_each_vector_of<T, 8>(rows, f);
-  } else if (rows.cached || row <= 256) {
-    for_each_vector_of<T, 2>(rows, f);
   } else if (parameters <= 16384) {
     for_each_vector_of<T, 1>(rows, f);
   } else {
@@ -194,27 +291,28 @@ BRN_LANES void for_each_vector(const Rows& rows, F f) {
 template <typename T>
 void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T* y) {
   const auto normalise = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
-    const Affine<Lanes<T>> affine{load_reals<T>(a.pivot + c), load_reals<T>(a.offset + c),
-                                  load_reals<T>(a.scale + c), load_reals<T>(a.shift + c)};
+    const CentredAffine<Lanes<T>> affine{load_reals<T>(a.centre + c), load_reals<T>(a.scale + c),
+                                         load_reals<T>(a.shift + c)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
+      __builtin_prefetch(x + at + 2048 / sizeof(T));
       store(y + at, apply(affine, load(x + at)));
     }
   };
-  for_each_vector<T, 4>(rows, normalise);
+  for_each_vector<T, 3>(rows, normalise);
 }
 
 template <typename T>
-void wide_project(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+void wide_project(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                   const Projections<RealOf<T>>& p, T* dx) {
   const auto project = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
-    const Centre<T> centre = load_centre<T>(centres, c);
+    const Lanes<T> centre = load_reals<T>(centres + c);
     const Projection<Lanes<T>> projection{load_reals<T>(p.mean_g + c), load_reals<T>(p.slope + c),
                                           load_reals<T>(p.scale + c)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
-      store(dx + at, apply(projection, load(dy + at), centre(load(x + at))));
+      store(dx + at, apply(projection, load(dy + at), load(x + at) - centre));
     }
   };
-  for_each_vector<T, 5>(rows, project);
+  for_each_vector<T, 4>(rows, project);
 }
 
 }  // namespace

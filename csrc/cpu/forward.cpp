@@ -21,7 +21,7 @@ struct Forward : MomentsReduction<T> {
   using Real = RealOf<T>;
   using Reduction = MomentsReduction<T>;
   using Reduction::kM2, Reduction::kMean, Reduction::problem, Reduction::x;
-  enum Fact { kPivot = Reduction::kPivot, kOffset, kScale, kShift, kFacts };
+  enum Fact { kPivot = Reduction::kPivot, kCentre, kScale, kShift, kFacts };
 
   const ForwardParams& params;
   const Limits<Real> limits;
@@ -45,15 +45,16 @@ struct Forward : MomentsReduction<T> {
       const Values running_mean = Values::load(at<Real>(params.running_mean, c), n, Real(0));
       const Values running_std = Values::load(at<Real>(params.running_std, c), n, Real(1));
       StatsChunk<Real> stats;
-      Values scale, shift, next_mean, next_std;
+      Values centre, scale, shift, next_mean, next_std;
       Real poison = 0;  // NaN after any m2 that is inf or NaN
       for (std::int64_t k = 0; k < n; ++k) {
         const Moments<Real> moments{count, mean[k], m2[k]};
         const Running<Real> running{running_mean[k], running_std[k]};
         const ChannelStats<Real> s = channel_stats(moments, pivot[k], epsilon, running, limits);
-        const Affine<Real> affine = training_affine(s, weight[k], bias[k]);
+        const CentredAffine<Real> affine = centred(training_affine(s, weight[k], bias[k]));
         const Running<Real> next = moved(running, moments, pivot[k], epsilon, momentum);
         stats.set(k, s);
+        centre[k] = affine.centre;
         scale[k] = affine.scale;
         shift[k] = affine.shift;
         next_mean[k] = next.mean;
@@ -61,7 +62,7 @@ struct Forward : MomentsReduction<T> {
       }
       for (std::int64_t k = 0; k < n; ++k) poison += m2[k] * Real(0);
       stats.store(at<Real>(params.stats, c), problem.channels, n);
-      stats.offset.store(facts[kOffset] + w, n);
+      centre.store(facts[kCentre] + w, n);
       scale.store(facts[kScale] + w, n);
       shift.store(facts[kShift] + w, n);
       if (moved_mean != nullptr) next_mean.store(moved_mean + c, n);
@@ -71,7 +72,7 @@ struct Forward : MomentsReduction<T> {
   }
 
   void write(const Part& part, const Table<Real>& facts) const {
-    sweeps<T>().normalise(part, x, {facts[kPivot], facts[kOffset], facts[kScale], facts[kShift]},
+    sweeps<T>().normalise(part, x, {facts[kCentre], facts[kScale], facts[kShift]},
                           static_cast<T*>(params.y));
   }
 };

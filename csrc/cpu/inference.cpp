@@ -9,7 +9,7 @@ namespace {
 template <typename T>
 struct Inference {
   using Real = RealOf<T>;
-  enum Fact { kPivot, kOffset, kScale, kShift, kFacts };
+  enum Fact { kCentre, kScale, kShift, kFacts };
   enum Row { kPartials };
 
   const Problem& problem;
@@ -21,24 +21,23 @@ struct Inference {
       const std::int64_t c = slab.channel + w;
       const Values weight = Values::load(at<Real>(params.weight, c), n, Real(1));
       const Values bias = Values::load(at<Real>(params.bias, c), n, Real(0));
-      Values pivot, offset, scale, shift;
-      const auto set = [&](std::int64_t k, Affine<Real> affine) {
-        pivot[k] = affine.pivot;
-        offset[k] = affine.offset;
+      Values centre, scale, shift;
+      const auto set = [&](std::int64_t k, CentredAffine<Real> affine) {
+        centre[k] = affine.centre;
         scale[k] = affine.scale;
         shift[k] = affine.shift;
       };
       if (params.stats != nullptr) {
         const auto stats = StatsChunk<Real>::load(at<Real>(params.stats, c), problem.channels, n);
-        for (std::int64_t k = 0; k < n; ++k) set(k, training_affine(stats[k], weight[k], bias[k]));
+        for (std::int64_t k = 0; k < n; ++k)
+          set(k, centred(training_affine(stats[k], weight[k], bias[k])));
       } else {
         const Values mean = Values::load(at<Real>(params.running_mean, c), n);
         const Values std = Values::load(at<Real>(params.running_std, c), n);
         for (std::int64_t k = 0; k < n; ++k)
-          set(k, inference_affine<Real>({mean[k], std[k]}, weight[k], bias[k]));
+          set(k, centred(inference_affine<Real>({mean[k], std[k]}, weight[k], bias[k])));
       }
-      pivot.store(facts[kPivot] + w, n);
-      offset.store(facts[kOffset] + w, n);
+      centre.store(facts[kCentre] + w, n);
       scale.store(facts[kScale] + w, n);
       shift.store(facts[kShift] + w, n);
     });
@@ -46,7 +45,7 @@ struct Inference {
 
   void write(const Part& part, const Table<Real>& facts) const {
     sweeps<T>().normalise(part, static_cast<const T*>(params.x),
-                          {facts[kPivot], facts[kOffset], facts[kScale], facts[kShift]},
+                          {facts[kCentre], facts[kScale], facts[kShift]},
                           static_cast<T*>(params.y));
   }
 };

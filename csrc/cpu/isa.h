@@ -7,6 +7,7 @@
 
 #include "../core/math.h"
 #include "../core/types.h"
+#include "centre.h"
 #include "element.h"
 
 #include <cstdint>
@@ -23,19 +24,13 @@ struct Part {
   std::int64_t stride;   // elements from plane to plane, or in kChannelsLast from row to row
   std::int64_t begin;
   std::int64_t end;
-  bool cached;  // the tensor fits a cache
 };
 
 // Parameters of `width` channels, as a struct of arrays.
 template <typename Real>
-using Affines = Affine<const Real*>;
+using Affines = CentredAffine<const Real*>;
 template <typename Real>
 using Projections = Projection<const Real*>;
-template <typename Real>
-struct Centres {
-  const Real* pivot;
-  const Real* offset;
-};
 
 // Sums of `width` channels, each in two Reals: sum + error is as good as one in twice the
 // precision.
@@ -54,12 +49,12 @@ struct Sweeps {
   void (*pivots)(const Part&, const T* x, Real* pivot);
   // mean[width], m2[width] of x - pivot over the part.
   void (*moments)(const Part&, const T* x, const Real* pivot, Real* mean, Real* m2);
-  // Sums of dy and of dy * (x - mean) over the part.
-  void (*sums)(const Part&, const T* dy, const T* x, const Centres<Real>&, const SumRows<Real>&);
-  // y = apply(affine, x) over the part.
+  // Sums of dy and of dy * (x - centre) over the part.
+  void (*sums)(const Part&, const T* dy, const T* x, const Real* centre, const SumRows<Real>&);
+  // y = (x - centre) * scale + shift over the part.
   void (*normalise)(const Part&, const T* x, const Affines<Real>&, T* y);
-  // dx = apply(projection, dy, x - mean) over the part.
-  void (*project)(const Part&, const T* dy, const T* x, const Centres<Real>&,
+  // dx = apply(projection, dy, x - centre) over the part.
+  void (*project)(const Part&, const T* dy, const T* x, const Real* centre,
                   const Projections<Real>&, T* dx);
 };
 

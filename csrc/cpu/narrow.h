@@ -26,11 +26,11 @@ struct Narrow {
 
   BRN_LANES explicit Narrow(const Rows& rows) : width(rows.width), fold(kLanes<T>) {
     while (fold % 2 == 0 && width * (fold / 2) % kLanes<T> == 0) fold /= 2;
-    wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold, rows.cached};
+    wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold};
     rest = rows.count % fold * rows.width;
     rest_at = wide.first + wide.count * wide.stride;
   }
-  BRN_LANES Rows rest_row() const { return {0, 1, wide.width, wide.width, true}; }
+  BRN_LANES Rows rest_row() const { return {0, 1, wide.width, wide.width}; }
 
   // The parameters of a wide row.
   BRN_LANES const Real* widen(const Real* values, Real* repeated) const {
@@ -72,15 +72,14 @@ void narrow_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf
 }
 
 template <typename T>
-void narrow_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+void narrow_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                  const SumRows<RealOf<T>>& out) {
   using Real = RealOf<T>;
   const Narrow<T> narrow(rows);
-  Real repeated[2][Narrow<T>::kMost];
+  Real repeated[Narrow<T>::kMost];
   Real sums[2][4][Narrow<T>::kMost];  // of the wide rows, of the rest
   T row[2][Narrow<T>::kMost];
-  const Centres<Real> wide{narrow.widen(centres.pivot, repeated[0]),
-                           narrow.widen(centres.offset, repeated[1])};
+  const Real* wide = narrow.widen(centres, repeated);
   wide_sums(narrow.wide, dy, x, wide, {sums[0][0], sums[0][1], sums[0][2], sums[0][3]});
   if (narrow.rest > 0) {
     wide_sums(narrow.rest_row(), narrow.widen_rest(dy, row[0]), narrow.widen_rest(x, row[1]), wide,
@@ -108,11 +107,11 @@ void narrow_sums(const Rows& rows, const T* dy, const T* x, const Centres<RealOf
 template <typename T>
 void narrow_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T* y) {
   const Narrow<T> narrow(rows);
-  RealOf<T> repeated[4][Narrow<T>::kMost];
+  RealOf<T> repeated[3][Narrow<T>::kMost];
   T row[2][Narrow<T>::kMost];
-  const Affines<RealOf<T>> wide{
-      narrow.widen(a.pivot, repeated[0]), narrow.widen(a.offset, repeated[1]),
-      narrow.widen(a.scale, repeated[2]), narrow.widen(a.shift, repeated[3])};
+  const Affines<RealOf<T>> wide{narrow.widen(a.centre, repeated[0]),
+                                narrow.widen(a.scale, repeated[1]),
+                                narrow.widen(a.shift, repeated[2])};
   wide_normalise(narrow.wide, x, wide, y);
   if (narrow.rest == 0) return;
   wide_normalise(narrow.rest_row(), narrow.widen_rest(x, row[0]), wide, row[1]);
@@ -120,16 +119,15 @@ void narrow_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a,
 }
 
 template <typename T>
-void narrow_project(const Rows& rows, const T* dy, const T* x, const Centres<RealOf<T>>& centres,
+void narrow_project(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                     const Projections<RealOf<T>>& p, T* dx) {
   const Narrow<T> narrow(rows);
-  RealOf<T> repeated[5][Narrow<T>::kMost];
+  RealOf<T> repeated[4][Narrow<T>::kMost];
   T row[3][Narrow<T>::kMost];
-  const Centres<RealOf<T>> wide_centres{narrow.widen(centres.pivot, repeated[0]),
-                                        narrow.widen(centres.offset, repeated[1])};
-  const Projections<RealOf<T>> wide{narrow.widen(p.mean_g, repeated[2]),
-                                    narrow.widen(p.slope, repeated[3]),
-                                    narrow.widen(p.scale, repeated[4])};
+  const RealOf<T>* wide_centres = narrow.widen(centres, repeated[0]);
+  const Projections<RealOf<T>> wide{narrow.widen(p.mean_g, repeated[1]),
+                                    narrow.widen(p.slope, repeated[2]),
+                                    narrow.widen(p.scale, repeated[3])};
   wide_project(narrow.wide, dy, x, wide_centres, wide, dx);
   if (narrow.rest == 0) return;
   wide_project(narrow.rest_row(), narrow.widen_rest(dy, row[0]), narrow.widen_rest(x, row[1]),

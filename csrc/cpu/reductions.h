@@ -48,7 +48,8 @@ struct ExactSums {
 
 template <typename Real>
 struct SumsChunk {
-  Chunk<Real> g, g_error, gx, gx_error;
+  Chunk<Real> g, g_error, gx, gx_error;  // gx: around the centre
+  Chunk<Real> residue;                   // of the mean
 
   // The error of an infinite sum is NaN.
   static double exact(Real sum, Real error) {
@@ -56,11 +57,12 @@ struct SumsChunk {
                           : static_cast<double>(sum);
   }
   ExactSums exact(std::int64_t k) const {
-    return {exact(g[k], g_error[k]), exact(gx[k], gx_error[k])};
+    const double sum_g = exact(g[k], g_error[k]);
+    return {sum_g, exact(gx[k], gx_error[k]) - static_cast<double>(residue[k]) * sum_g};
   }
   Sums<Real> operator[](std::int64_t k) const {
-    return {static_cast<Real>(exact(g[k], g_error[k])),
-            static_cast<Real>(exact(gx[k], gx_error[k]))};
+    const ExactSums sums = exact(k);
+    return {static_cast<Real>(sums.g), static_cast<Real>(sums.gx)};
   }
 };
 
@@ -68,7 +70,7 @@ struct SumsChunk {
 template <typename T>
 struct SumsReduction {
   using Real = RealOf<T>;
-  enum Fact { kPivot, kOffset };
+  enum Fact { kCentre, kResidue };
   enum Row { kG, kGError, kGx, kGxError, kPartials };
 
   const Problem& problem;
@@ -86,21 +88,29 @@ struct SumsReduction {
                                                      at<Real>(running_std, c), n);
   }
 
-  SumsChunk<Real> sums_of(const Table<Real>& total, std::int64_t w, std::int64_t n) const {
+  SumsChunk<Real> sums_of(const Table<Real>& total, const Table<Real>& facts, std::int64_t w,
+                          std::int64_t n) const {
     return {Chunk<Real>::load(total[kG] + w, n), Chunk<Real>::load(total[kGError] + w, n),
-            Chunk<Real>::load(total[kGx] + w, n), Chunk<Real>::load(total[kGxError] + w, n)};
+            Chunk<Real>::load(total[kGx] + w, n), Chunk<Real>::load(total[kGxError] + w, n),
+            Chunk<Real>::load(facts[kResidue] + w, n)};
   }
 
   void begin(const Part& slab, const Table<Real>& facts) const {
     for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
       const StatsChunk<Real> s = stats_of(slab.channel + w, n);
-      s.pivot.store(facts[kPivot] + w, n);
-      s.offset.store(facts[kOffset] + w, n);
+      Chunk<Real> centre, residue;
+      for (std::int64_t k = 0; k < n; ++k) {
+        const Centre<Real> c = centre_of(s[k]);
+        centre[k] = c.centre;
+        residue[k] = c.residue;
+      }
+      centre.store(facts[kCentre] + w, n);
+      residue.store(facts[kResidue] + w, n);
     });
   }
 
   void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& sums) const {
-    sweeps<T>().sums(part, dy, x, {facts[kPivot], facts[kOffset]},
+    sweeps<T>().sums(part, dy, x, facts[kCentre],
                      {sums[kG], sums[kGError], sums[kGx], sums[kGxError]});
   }
 

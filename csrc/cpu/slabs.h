@@ -24,11 +24,6 @@ constexpr std::int64_t kMostParts = 64;
 // Measured, here and in the other files, on two cores of an AMD EPYC with AVX-512, 1 MB of L2 a
 // core and 32 MB of L3.
 
-// A tensor of this size is still in some cache when it is read again; a larger one is read in the
-// order that prefetchers follow (cycles to normalise 16 floats of C = 256 in the one way and in the
-// other: 7.4 and 11.5 at 6 MB, 26 and 22 at 26 MB).
-constexpr std::int64_t kCachedBytes = 8 * 1024 * 1024;
-
 // Below, a second thread costs more than it saves.
 constexpr std::int64_t kSerialElements = 64 * 1024;
 
@@ -54,8 +49,7 @@ struct Slabs {
             p.spatial,
             first ? p.channels * p.spatial : p.channels,
             j * share,
-            std::min((j + 1) * share, p.reduced()),
-            p.elements() * size_of(p.dtype) <= kCachedBytes};
+            std::min((j + 1) * share, p.reduced())};
   }
 };
 
@@ -63,7 +57,7 @@ inline std::int64_t slab_width(const Problem& p) {
   const std::int64_t channel = size_of(p.dtype) * std::max<std::int64_t>(p.reduced(), 1);
   if (p.layout == Layout::kChannelsFirst) {
     // Small channels together, to make up for what a slab costs.
-    constexpr std::int64_t kSmall = 16 * 1024;
+    constexpr std::int64_t kSmall = 8 * 1024;
     return std::clamp<std::int64_t>(kSmall / channel, 1, std::max<std::int64_t>(p.channels, 1));
   }
   // Whole rows: pieces of rows that are a power of two apart meet in a few sets of the caches (64

@@ -46,7 +46,7 @@ struct Entries {
     }
   }
 
-  static void sums(const Part& part, const T* dy, const T* x, const Centres<Real>& centres,
+  static void sums(const Part& part, const T* dy, const T* x, const Real* centres,
                    const SumRows<Real>& out) {
     if (part.layout == Layout::kChannelsFirst) {
       for (std::int64_t w = 0; w < part.width; ++w) channel_sums(part, w, dy, x, centres, out);
@@ -65,7 +65,7 @@ struct Entries {
     }
   }
 
-  static void project(const Part& part, const T* dy, const T* x, const Centres<Real>& centres,
+  static void project(const Part& part, const T* dy, const T* x, const Real* centres,
                       const Projections<Real>& p, T* dx) {
     if (part.layout == Layout::kChannelsFirst) {
       for (std::int64_t w = 0; w < part.width; ++w) channel_project(part, w, dy, x, centres, p, dx);

@@ -1,0 +1,65 @@
+"""The limits of r and d in all layers of a model at once."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from .modules import _BatchRenorm, layers_of
+from .schedule import RenormSchedule
+
+
+def set_schedule(model: nn.Module, schedule: RenormSchedule) -> None:
+    """Replaces the schedule of every Batch Renorm in a model.
+
+    Each goes on at the step that its num_batches_tracked says. Buffers are overwritten in place:
+    nothing is recompiled, captured CUDA graphs see the change, and the host does not wait for the
+    device. Layers with track_running_stats=False have no limits and are passed over.
+
+    Raises:
+        TypeError: for something that is not a RenormSchedule.
+
+    Warns if the model has no layer to set it in.
+    """
+    for layer in _limited(model):
+        layer.set_schedule(schedule)
+
+
+def set_limits(model: nn.Module, r_max: float, d_max: float) -> None:
+    """These limits in every Batch Renorm of a model, from the next batch on and for good.
+
+    As :func:`set_schedule`, with a schedule that does not move. r_max >= 1 and d_max >= 0 may be
+    infinite.
+
+    Raises:
+        ValueError, TypeError: naming the argument and what it got, before anything has changed.
+    """
+    for layer in _limited(model):
+        layer.set_limits(r_max, d_max)
+
+
+def set_steps_per_update(
+    model: nn.Module, steps_per_update: int, before: int | None = None
+) -> None:
+    """Goes on with another number of microbatches for each step of the optimiser, in every Batch
+    Renorm of a model: limits stay where they are and move on at the same pace, counted in steps of
+    the optimiser. See :meth:`batchrenorm_cuda.BatchRenorm1d.set_steps_per_update`.
+
+    A job that resumes with another accumulation loads its checkpoint first::
+
+        model = Model(schedule=RenormSchedule(500, 3.0, 4000, 5.0, 2500, steps_per_update=4))
+        model.load_state_dict(checkpoint)       # of a job with the same schedule, whatever its own
+        set_steps_per_update(model, 4)          # steps_per_update was
+    """
+    for layer in _limited(model):
+        layer.set_steps_per_update(steps_per_update, before)
+
+
+def _limited(model: nn.Module) -> list[_BatchRenorm]:
+    layers = [layer for layer in layers_of(model).values() if layer.schedule is not None]
+    if not layers:
+        warnings.warn(
+            f"{type(model).__name__} has no Batch Renorm with moving statistics", stacklevel=3
+        )
+    return layers

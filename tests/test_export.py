@@ -1,0 +1,326 @@
+"""What leaves the process: torch.jit.trace, torch.export, AOTInductor, ONNX.
+
+In eval mode all of them record torch's own batch_norm, so that what was saved loads where there is
+no batchrenorm_cuda, and tools find the BatchNorm that they fuse, quantise or fold. A training step
+is recorded by torch.export alone, with its gradient; the others refuse it.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from batchrenorm_cuda import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    RenormSchedule,
+    convert,
+    fold,
+)
+
+MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+STRICT = pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+LAYERS = {
+    "1-D, 2-D input": lambda: (BatchRenorm1d(3), torch.randn(6, 3)),
+    "1-D, 3-D input": lambda: (BatchRenorm1d(3), torch.randn(6, 3, 5)),
+    "2-D": lambda: (BatchRenorm2d(3), torch.randn(4, 3, 5, 4)),
+    "channels_last": lambda: (
+        BatchRenorm2d(3),
+        torch.randn(4, 3, 5, 4).to(memory_format=torch.channels_last),
+    ),
+    "3-D": lambda: (BatchRenorm3d(3), torch.randn(4, 3, 2, 5, 4)),
+    "no weight, no bias": lambda: (BatchRenorm2d(3, affine=False), torch.randn(4, 3, 5, 4)),
+    "no bias": lambda: (BatchRenorm2d(3, bias=False), torch.randn(4, 3, 5, 4)),
+    # r and d are 1 and 0 there, in training as well: it has no step that could not be recorded.
+    "no statistics": lambda: (
+        BatchRenorm2d(3, track_running_stats=False),
+        torch.randn(4, 3, 5, 4),
+    ),
+    "eps 0": lambda: (BatchRenorm2d(3, eps=0.0), torch.randn(4, 3, 5, 4)),
+    "eps 0, no statistics": lambda: (
+        BatchRenorm2d(3, eps=0.0, track_running_stats=False),
+        torch.randn(4, 3, 5, 4),
+    ),
+    "double": lambda: (BatchRenorm1d(3).double(), torch.randn(6, 3).double()),
+    "half": lambda: (BatchRenorm1d(3).half(), torch.randn(6, 3).half()),
+    "bfloat16": lambda: (BatchRenorm1d(3, dtype=torch.bfloat16), torch.randn(6, 3).bfloat16()),
+    "float32 weight, half input": lambda: (BatchRenorm1d(3), torch.randn(6, 3).half()),
+}
+EACH_LAYER = pytest.mark.parametrize("name", LAYERS)
+
+
+def trained(name):
+    """A layer in eval mode with statistics, weight and bias that are not where they started."""
+    torch.manual_seed(0)
+    layer, x = LAYERS[name]()
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    for step in range(3):
+        layer(x * (1 + step) + step)
+    return layer.eval(), x
+
+
+def network(training=False):
+    torch.manual_seed(0)
+    schedule = RenormSchedule.constant(2.0, 1.0)
+    layer = BatchRenorm2d(4, momentum=0.3, schedule=schedule)
+    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), layer, nn.ReLU())
+    for step in range(3):
+        model(images(4) * (1 + step) + step)
+    return model.train(training)
+
+
+def images(n, seed=1):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def tolerance(y):
+    eps = torch.finfo(y.dtype).eps
+    return {"rtol": 4 * eps, "atol": 8 * eps}
+
+
+@EACH_LAYER
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_jit_trace_in_eval_mode_infers_the_same(name):
+    layer, x = trained(name)
+    y = layer(x)  # gradients enabled: an autograd.Function would be recorded as a call to Python
+    traced = torch.jit.trace(layer, (x,))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert "batchrenorm::" not in str(traced.inlined_graph)
+    for call in (traced, loaded):
+        torch.testing.assert_close(call(x), y, **tolerance(y))
+        torch.testing.assert_close(call(2 * x + 1), layer(2 * x + 1), **tolerance(y))
+    if name in ("2-D", "channels_last"):
+        assert loaded(x).stride() == y.stride()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_and_a_program_load_without_this_package(tmp_path):
+    model, x = network(), images(4)
+    torch.jit.save(torch.jit.trace(model, (x,)), tmp_path / "traced.pt")
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "program.pt2")
+    torch.save((x, model(x)), tmp_path / "tensors.pt")
+    code = """
+import sys, torch
+x, y = torch.load("tensors.pt")
+for call in (torch.jit.load("traced.pt"), torch.export.load("program.pt2").module()):
+    torch.testing.assert_close(call(x), y, rtol=1e-5, atol=1e-5)
+assert "batchrenorm_cuda" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_jit_trace_has_gradients():
+    model, x = network(), images(4)
+    dy = torch.randn_like(model(x))
+    traced = torch.jit.trace(model, (x,))
+    found = torch.autograd.grad(traced(x), list(traced.parameters()), dy)
+    want = torch.autograd.grad(model(x), list(model.parameters()), dy)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_jit_trace_of_a_training_step_is_refused_and_changes_nothing():
+    model = network(training=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace: call model.eval\(\) first"):
+        torch.jit.trace(model, (images(4),))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_folded_model_scripts():
+    """torch.jit.script compiles Python, and so takes BatchNorm, not BatchRenorm."""
+    model, x = network(), images(4)
+    scripted = torch.jit.script(fold(copy.deepcopy(model)))
+    torch.testing.assert_close(scripted(x), model(x), **CLOSE)
+
+
+def export(model, x, strict):
+    batch = torch.export.Dim("batch", min=2, max=64)
+    return torch.export.export(model, (x,), strict=strict, dynamic_shapes=({0: batch},))
+
+
+@STRICT
+@EACH_LAYER
+def test_an_exported_layer_in_eval_mode_infers_the_same(name, strict):
+    layer, x = trained(name)
+    program = export(layer, x, strict)
+    assert "torch.ops.aten.batch_norm." in program.graph_module.code
+    assert "batchrenorm" not in program.graph_module.code
+    y = layer(x)
+    torch.testing.assert_close(program.module()(x), y, **tolerance(y))
+
+
+def reloaded(program):
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+def steps_of(model, call):
+    """Outputs and gradients over a few steps, and the state after them."""
+    results = []
+    for n in (4, 7, 2):
+        x = (images(n, n) * n + 1).requires_grad_()
+        y = call(x)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(n))
+        model.zero_grad()
+        y.backward(dy)
+        results.append((y.detach(), x.grad, *(p.grad for p in model.parameters())))
+    return results
+
+
+@STRICT
+@MODES
+@pytest.mark.parametrize(
+    ("form", "backend"),
+    [
+        (lambda p: p, None),
+        (lambda p: p, "aot_eager"),
+        (reloaded, None),
+        (lambda p: p.run_decompositions(), None),
+    ],
+    ids=["as exported", "compiled", "saved and loaded", "decomposed"],
+)
+def test_an_exported_model_goes_on_as_the_model_does(form, backend, strict, training):
+    """With its gradients: an operator without them would cut off all layers before it."""
+    torch._dynamo.reset()
+    model = network(training)
+    twin = copy.deepcopy(model)
+    exported = form(export(model, images(4), strict)).module()
+    call = torch.compile(exported, backend=backend, fullgraph=True) if backend else exported
+    found, want = steps_of(exported, call), steps_of(twin, twin)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    found, want = exported.state_dict(), twin.state_dict()
+    if training or not strict:  # strict export drops what eval mode does not read
+        assert found.keys() == want.keys()
+    torch.testing.assert_close(dict(found), {name: want[name] for name in found}, **CLOSE)
+    assert want["2.num_batches_tracked"] == (6 if training else 3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_an_exported_model_moves_its_statistics_once(reentrant):
+    model = network(training=True)
+    twin = copy.deepcopy(model)
+    exported = export(model, images(4), strict=False).module()
+    found = steps_of(exported, lambda x: checkpoint(exported, x, use_reentrant=reentrant))
+    torch.testing.assert_close(found, steps_of(twin, twin), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dict(exported.state_dict()), dict(twin.state_dict()), **CLOSE)
+
+
+@MODES
+def test_torch_fx_takes_the_layer_for_a_leaf(training):
+    """As it does BatchNorm: graph passes and feature extractors see a module with its state."""
+    model = network(training)
+    twin = copy.deepcopy(model)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 4
+    assert type(traced.get_submodule("2")) is BatchRenorm2d
+    torch.testing.assert_close(steps_of(traced, traced), steps_of(twin, twin))
+    assert traced.state_dict().keys() == twin.state_dict().keys()
+    assert traced.get_submodule("2").num_batches_tracked == (6 if training else 3)
+
+
+def test_bad_arguments_do_not_export():
+    with pytest.raises(Exception, match=r"running_mean must have shape \(5,\)"):
+        torch.export.export(BatchRenorm1d(4).eval(), (torch.ones(6, 5),))
+    with pytest.raises(Exception, match="more than one value per channel"):
+        torch.export.export(BatchRenorm1d(4), (torch.ones(1, 4),))
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="AOTInductor needs a C++ compiler"
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_aot_inductor_in_eval_mode(tmp_path):
+    model = network()
+    program = export(model, images(4), strict=False)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    call = torch._inductor.aoti_load_package(path)
+    for n in (4, 7):
+        torch.testing.assert_close(call(images(n, n)), model(images(n, n)), **CLOSE)
+
+
+def onnx_export(model, x, **options):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        return torch.onnx.export(model, (x,), dynamo=True, verbose=False, **options)
+
+
+def run_onnx(program, x):
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (name,) = (given.name for given in session.get_inputs())
+    return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def nodes(program):
+    return [node.op_type for node in program.model_proto.graph.node]
+
+
+DYNAMIC = {"dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},)}
+
+
+@EACH_LAYER
+def test_onnx_of_a_layer_is_a_batch_normalization(name):
+    layer, x = trained(name)
+    program = onnx_export(layer, x, **DYNAMIC)
+    if layer.track_running_stats:
+        assert nodes(program) == ["BatchNormalization"]
+    if x.dtype == torch.bfloat16:  # onnxruntime has no kernel for it
+        return
+    y = layer(x)
+    torch.testing.assert_close(run_onnx(program, x), y, **tolerance(y))
+
+
+@pytest.mark.parametrize("how", ["as it is", "folded"])
+def test_onnx_of_a_model(how):
+    model = network()
+    program = onnx_export(fold(copy.deepcopy(model)) if how == "folded" else model, images(4))
+    assert nodes(program).count("BatchNormalization") == 1
+    torch.testing.assert_close(run_onnx(program, images(4)), model(images(4)), **CLOSE)
+
+
+@pytest.mark.parametrize("how", ["as it is", "folded"])
+def test_onnx_folds_the_layer_into_a_convolution_before_it(how):
+    model = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    for step in range(3):
+        model(images(4) * (1 + step) + step)
+    model.eval()
+    program = onnx_export(
+        fold(copy.deepcopy(model)) if how == "folded" else model, images(4), **DYNAMIC
+    )
+    assert nodes(program) == ["Conv", "Relu"]
+    for n in (4, 7):
+        torch.testing.assert_close(run_onnx(program, images(n)), model(images(n)), **CLOSE)
+
+
+def test_onnx_of_a_training_step_is_refused():
+    model = network(training=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(Exception, match=r"torch.onnx.export: call model.eval\(\) first"):
+        onnx_export(model, images(4))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
