@@ -116,6 +116,11 @@ def _trained(
             "SyncBatchRenorm has neither torch.func transforms nor forward mode where several "
             "processes normalise together: take BatchRenorm1d, 2d or 3d"
         )
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise RuntimeError(
+            "a training step of a SyncBatchRenorm cannot be recorded by torch.export or "
+            "torch.jit.trace: call model.eval() first"
+        )
     # Before anything is exchanged: an error in one process keeps the others waiting.
     check_arguments(x, weight, bias, True, *step[:8], synchronised=True)
     weight, bias = _wide(weight, x), _wide(bias, x)
@@ -172,7 +177,7 @@ class SyncBatchRenorm(_BatchRenorm):
     Args:
         num_features, eps, momentum, affine, track_running_stats: as in :class:`BatchRenorm1d`.
         process_group: from torch.distributed; None: the default group, of all processes.
-        bias, schedule, skip_nonfinite, device, dtype: as in :class:`BatchRenorm1d`. With
+        device, dtype, bias, schedule, skip_nonfinite: as in :class:`BatchRenorm1d`. With
             skip_nonfinite, a NaN or inf in one process keeps the state of all of them.
 
     Shape:
@@ -199,12 +204,12 @@ class SyncBatchRenorm(_BatchRenorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         schedule: RenormSchedule = RenormSchedule(),  # noqa: B008  immutable
         skip_nonfinite: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -240,11 +245,11 @@ class SyncBatchRenorm(_BatchRenorm):
             )
         return world
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         world = self._world()
         if world == 1:
-            return super().forward(x)
-        self._check_input_dim(x)
+            return super().forward(input)
+        self._check_input_dim(input)
         step = (
             self.running_mean,
             self.running_std,
@@ -256,7 +261,9 @@ class SyncBatchRenorm(_BatchRenorm):
             0.0,
             self.skip_nonfinite,
         )
-        return _trained(x, self.weight, self.bias, step, self._clipping, self.process_group, world)
+        return _trained(
+            input, self.weight, self.bias, step, self._clipping, self.process_group, world
+        )
 
 
 class LazySyncBatchRenorm(_LazyBatchRenorm):

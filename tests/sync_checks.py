@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ranks import Rank
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from batchrenorm_cuda import (
     BatchRenorm1d,
@@ -380,10 +380,15 @@ def checkpointing_repeats_without_exchanging(rank: Rank) -> None:
     model = nn.Sequential(prepared(SyncBatchRenorm), nn.ReLU(), prepared(SyncBatchRenorm))
     plain = copy.deepcopy(model)
     wanted = train(plain, x, g)
-    for reentrant in (False, True):
+    selective = partial(create_selective_checkpoint_contexts, [torch.ops.aten.relu.default])
+    for style in (
+        {"use_reentrant": False},
+        {"use_reentrant": True},
+        {"use_reentrant": False, "context_fn": selective},
+    ):
         again = copy.deepcopy(model)
         with counted() as counts:
-            found = train(partial(checkpoint, again, use_reentrant=reentrant), x, g)
+            found = train(partial(checkpoint, again, **style), x, g)
         assert counts == {"gather": 2, "reduce": 2}
         assert all(map(torch.equal, found, wanted))
         for name, t in again.state_dict().items():
@@ -428,6 +433,19 @@ def what_there_is_no_derivative_of_says_so(rank: Rank) -> None:
     ):
         sync(forward_ad.make_dual(x, x))
     assert sync.num_batches_tracked == BEGIN + 1
+
+
+def a_training_step_is_not_recorded(rank: Rank) -> None:
+    """The exchange would be a constant in it. In eval mode there is none."""
+    x = torch.randn(4, CHANNELS)
+    sync = prepared(SyncBatchRenorm, torch.float32)
+    with pytest.raises(RuntimeError, match="cannot be recorded by torch.export"):
+        torch.jit.trace(sync, x)
+    with pytest.raises(RuntimeError, match="cannot be recorded by torch.export"):
+        torch.export.export(sync, (x,), strict=False)
+    assert sync.num_batches_tracked == BEGIN
+    wanted = sync.eval()(x)
+    torch.testing.assert_close(torch.export.export(sync, (x,), strict=False).module()(x), wanted)
 
 
 def a_refusal_comes_before_the_exchange(rank: Rank) -> None:

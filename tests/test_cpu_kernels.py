@@ -80,6 +80,41 @@ def test_threads_change_no_bit(case, dtype):
         assert all(map(torch.equal, alone, step(t))), f"{threads} threads"
 
 
+def ranks_step(t: tensors.Tensors, ranks: int) -> list[torch.Tensor]:
+    """What the operators for several ranks leave that all have one batch: message, stats, dx,
+    dweight, dbias."""
+    message = ops.moments(t.x, True)
+    limits = (None, None, None, None, 0.1, 1e-5, 1.0, 0.0, False)
+    stats, total = ops.merge(message.expand(ranks, -1), t.x.dtype, *limits)
+    dy = torch.empty_like(t.x).copy_(t.dy)
+    sums, dweight, dbias = ops.backward_sums(dy, t.x, stats)
+    dx = ops.backward_project(dy, t.x, t.weight, stats, sums * ranks, total)
+    return [message, stats, dx, dweight, dbias]
+
+
+@each_case(CUTS)
+def test_one_rank_computes_what_the_ordinary_operators_compute(case, dtype):
+    """To the last bit, but that the mean comes as another pair of pivot and offset."""
+    t = tensors.make(case, dtype, CPU)
+    _, wanted = ops.forward(t.x, *[None] * 6, 0.1, 1e-5, 1.0, 0.0, False)
+    message, stats, *gradients = ranks_step(t, 1)
+    mean = wanted[0].double() + wanted[1].double()
+    assert torch.equal(message[: t.x.size(1)], mean)
+    assert torch.equal(stats[2:], wanted[2:])
+    dy = torch.empty_like(t.x).copy_(t.dy)
+    assert all(map(torch.equal, gradients, ops.backward(dy, t.x, t.weight, stats)))
+
+
+@each_case(CUTS, [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit_of_several_ranks(case, dtype):
+    t = tensors.make(case, dtype, CPU)
+    torch.set_num_threads(1)
+    alone = ranks_step(t, 3)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, alone, ranks_step(t, 3))), f"{threads} threads"
+
+
 @each_case(CUTS, [torch.float32])
 def test_the_normalisation_alone_gives_the_same_bits(case, dtype):
     t = tensors.make(case, dtype, CPU)
@@ -169,7 +204,7 @@ def test_every_instruction_set_passes(capability):
     """Where the processor lacks it, the next one below is tested again. The variable holds for
     torch as well, and its variance of many float64 values, which is the truth elsewhere, is off by
     90 eps then."""
-    chosen = "not (accurate and float64 and (parts or three or larger))"
+    chosen = "not (accurate and float64 and (parts or three or larger)) and not rank"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
         [*command, "-k", chosen],

@@ -45,10 +45,11 @@ def test_alone_it_is_the_ordinary_layer_to_the_last_bit(cls):
 
 def test_it_is_constructed_as_sync_batch_norm_is():
     """Positions and names of torch's arguments; the keys of the state of an ordinary layer."""
-    layer = SyncBatchRenorm(3, 1e-3, 0.2, False, True, "group", dtype=torch.float64)
-    torchs = nn.SyncBatchNorm(3, 1e-3, 0.2, False, True, "group", dtype=torch.float64)
+    arguments = (3, 1e-3, 0.2, False, True, "group", "cpu", torch.float64)
+    layer, torchs = SyncBatchRenorm(*arguments), nn.SyncBatchNorm(*arguments)
     for name in ("eps", "momentum", "affine", "track_running_stats", "process_group"):
         assert getattr(layer, name) == getattr(torchs, name)
+    assert layer.running_mean.dtype == torchs.running_mean.dtype
     ordinary = BatchRenorm2d(3, affine=False, dtype=torch.float64)
     assert layer.state_dict().keys() == ordinary.state_dict().keys()
     ordinary.load_state_dict(layer.state_dict())
