@@ -90,8 +90,8 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, 
   return moments;
 }
 
-// A running sum in blocks of kBlock vectors, each in four chains, so that few additions stand between
-// an element and the exact total.
+// A running sum in blocks of kBlock vectors, each in four chains, so that few additions stand
+// between an element and the exact total.
 template <typename T>
 struct ChannelSums {
   static constexpr int kBlock = 64;
