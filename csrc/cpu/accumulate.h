@@ -57,9 +57,15 @@ struct ExactSum {
   }
 };
 
-template <typename Value>
-BRN_LANES Value sum_of_eight(const Value (&v)[8]) {
-  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+template <int kCount, typename Value>
+BRN_LANES Value sum_of(const Value (&v)[kCount]) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    Value halves[kCount / 2];
+    for (int k = 0; k < kCount / 2; ++k) halves[k] = v[2 * k] + v[2 * k + 1];
+    return sum_of<kCount / 2>(halves);
+  }
 }
 
 // Eight vectors of dy and of x, `stride` elements apart.
@@ -71,7 +77,7 @@ BRN_LANES LaneSums<T> tile_sums(const T* dy, const T* x, std::int64_t stride, La
     g[k] = load(dy + k * stride);
     gx[k] = g[k] * (load(x + k * stride) - centre);
   }
-  return {sum_of_eight(g), sum_of_eight(gx)};
+  return {sum_of<8>(g), sum_of<8>(gx)};
 }
 
 }  // namespace

@@ -23,10 +23,7 @@ BRN_LANES Rows rows_of(const Part& part) {
   return {part.first + part.begin * part.stride, part.end - part.begin, part.stride, part.width};
 }
 
-#ifndef ROWMIN
-#define ROWMIN 512
-#endif
-constexpr int kRows = 8;  // of a tile
+constexpr int kRows = 8;  // of a tile, at most
 
 // Calls f(column, end) for stretches of whole vectors. Where the width is no multiple of a vector,
 // the last one is a stretch of its own over columns that were done before, with the same result.
@@ -38,9 +35,8 @@ BRN_LANES void for_each_stretch(const Rows& rows, F f) {
 }
 
 // Reads the lines of a tile in their order, a page of each tensor at a time, before the tile itself
-// reads kRows rows at once, an order that prefetchers follow only where rows are long. GB/s of x
-// out of memory without and with it: C = 64, moments 20 and 33, sums 6.8 and 17.9; C = 256, 11 and
-// 26, 6.5 and 9.9. (C = 1024: 23 and 12.5 without.)
+// reads several rows at once, an order that prefetchers follow only where rows are long. GB/s of x
+// out of memory without and with it: C = 64, moments 20 and 33, sums 6.8 and 17.9.
 template <typename T, typename... Others>
 BRN_LANES void touch(const Rows& rows, std::int64_t height, const T* tile,
                      const Others*... others) {
@@ -63,13 +59,13 @@ BRN_LANES void touch(const Rows& rows, std::int64_t height, const T* tile,
 template <typename T>
 using LaneMoments = SharedMoments<RealOf<T>, Lanes<T>>;
 
-template <typename T>
+template <int kTall, typename T>
 BRN_LANES LaneMoments<T> tile_moments(const T* x, std::int64_t stride, Lanes<T> pivot) {
-  Lanes<T> u[kRows];
-  for (int k = 0; k < kRows; ++k) u[k] = load(x + k * stride) - pivot;
-  const Lanes<T> mean = sum_of_eight(u) * (RealOf<T>(1) / kRows);
-  for (int k = 0; k < kRows; ++k) u[k] = (u[k] - mean) * (u[k] - mean);
-  return {kRows, mean, sum_of_eight(u)};
+  Lanes<T> u[kTall];
+  for (int k = 0; k < kTall; ++k) u[k] = load(x + k * stride) - pivot;
+  const Lanes<T> mean = sum_of<kTall>(u) * (RealOf<T>(1) / kTall);
+  for (int k = 0; k < kTall; ++k) u[k] = (u[k] - mean) * (u[k] - mean);
+  return {kTall, mean, sum_of<kTall>(u)};
 }
 
 // Of fewer rows.
@@ -89,13 +85,14 @@ BRN_LANES LaneMoments<T> short_moments(const T* x, std::int64_t stride, Lanes<T>
 
 // ---- one row after the other
 
-// Rows that are too long for a tile and shorter than a page: prefetchers follow one row at a time
-// only. What is accumulated is then in the L1, in slots of a vector each (the last vector of a row
-// may cover columns of the one before it).
+// For sums, which read two tensors, where a tile has more than a page of each. What is accumulated
+// is in the L1, in slots of a vector each (the last vector of a row may cover columns of the one
+// before it). GB/s of x out of memory by tiles and by rows: C = 256, 7.3 and 12.0; C = 512, 6.2 and
+// 9.6; C = 1,024, 10.2 and 7.9.
 template <typename T>
 BRN_LANES bool is_one_by_one(const Rows& rows) {
-  const std::int64_t bytes = rows.width * static_cast<std::int64_t>(sizeof(T));
-  return bytes > ROWMIN && bytes < 4096;
+  constexpr std::int64_t kPage = 4096 / sizeof(T);
+  return kRows * rows.width > kPage && rows.width < kPage;
 }
 template <typename T>
 constexpr int kSlots = 4096 / BRN_VECTOR_BYTES;
@@ -106,53 +103,6 @@ BRN_LANES void for_each_slot(const Rows& rows, F f) {
   const int whole = static_cast<int>(rows.width / kLanes<T>);
   for (int slot = 0; slot < whole; ++slot) f(slot, slot * kLanes<T>);
   if (whole * kLanes<T> < rows.width) f(whole, rows.width - kLanes<T>);
-}
-
-template <typename T>
-void row_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
-                 RealOf<T>* m2) {
-  using Real = RealOf<T>;
-  constexpr std::int64_t kTogether = 16;
-  Lanes<T> centre[kSlots<T>];
-  Lanes<T> sum[kSlots<T>];
-  Lanes<T> squares[kSlots<T>];
-  Lanes<T> means[kSlots<T>];
-  Lanes<T> m2s[kSlots<T>];
-  for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
-    centre[slot] = load_reals<T>(pivot + c);
-    means[slot] = m2s[slot] = {};
-  });
-  for (std::int64_t begin = 0; begin < rows.count; begin += kTogether) {
-    const std::int64_t end = begin + kTogether < rows.count ? begin + kTogether : rows.count;
-    for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
-      const Lanes<T> u = load(x + rows.first + begin * rows.stride + c) - centre[slot];
-      sum[slot] = u;
-      squares[slot] = u * u;
-    });
-    for (std::int64_t row = begin + 1; row < end; ++row) {
-      for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
-        const Lanes<T> u = load(x + rows.first + row * rows.stride + c) - centre[slot];
-        sum[slot] += u;
-        squares[slot] += u * u;
-      });
-    }
-    const Real count = static_cast<Real>(end - begin);
-    const Real before = static_cast<Real>(begin);
-    for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
-      const Lanes<T> pivots = load_reals<T>(pivot + c);
-      const Lanes<T> mean_u = sum[slot] * (Real(1) / count);
-      const LaneMoments<T> tile{count, (centre[slot] - pivots) + mean_u,
-                                squares[slot] - sum[slot] * mean_u};
-      const LaneMoments<T> total = merge(LaneMoments<T>{before, means[slot], m2s[slot]}, tile);
-      means[slot] = total.mean;
-      m2s[slot] = total.m2;
-      centre[slot] = pivots + total.mean;
-    });
-  }
-  for_each_slot<T>(rows, [&](int slot, std::int64_t c) BRN_INLINED {
-    store_reals<T>(mean + c, means[slot]);
-    store_reals<T>(m2 + c, m2s[slot]);
-  });
 }
 
 template <typename T>
@@ -191,19 +141,18 @@ void row_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centre
   });
 }
 
-template <typename T>
-void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
+template <int kTall, typename T>
+void tall_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
                   RealOf<T>* m2) {
-  if (is_one_by_one<T>(rows)) return row_moments(rows, x, pivot, mean, m2);
   for_each_stretch<T>(rows, [&](std::int64_t column, std::int64_t end) BRN_INLINED {
-    for (std::int64_t row = 0; row < rows.count; row += kRows) {
+    for (std::int64_t row = 0; row < rows.count; row += kTall) {
       const T* tile = x + rows.first + row * rows.stride;
-      const std::int64_t height = rows.count - row < kRows ? rows.count - row : kRows;
+      const std::int64_t height = rows.count - row < kTall ? rows.count - row : kTall;
       touch(rows, height, tile);
       for (std::int64_t c = column; c < end; c += kLanes<T>) {
         const Lanes<T> pivots = load_reals<T>(pivot + c);
-        LaneMoments<T> moments = height == kRows
-                                     ? tile_moments(tile + c, rows.stride, pivots)
+        LaneMoments<T> moments = height == kTall
+                                     ? tile_moments<kTall>(tile + c, rows.stride, pivots)
                                      : short_moments(tile + c, rows.stride, pivots, height);
         if (row > 0) {
           const auto before = static_cast<RealOf<T>>(row);
@@ -214,6 +163,22 @@ void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T
       }
     }
   });
+}
+
+// A tile of a page is touched while the one before it is still in work; of two pages no longer.
+// GB/s of x out of memory by 8 rows and by a page: C = 256, 17 and 20; C = 512, 14 and 22. Rows of
+// a page are read in an order that is followed anyway.
+template <typename T>
+void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
+                  RealOf<T>* m2) {
+  constexpr std::int64_t kPage = 4096 / sizeof(T);
+  if (2 * rows.width <= kPage && 4 * rows.width > kPage) {
+    return tall_moments<2>(rows, x, pivot, mean, m2);
+  }
+  if (4 * rows.width <= kPage && 8 * rows.width > kPage) {
+    return tall_moments<4>(rows, x, pivot, mean, m2);
+  }
+  return tall_moments<kRows>(rows, x, pivot, mean, m2);
 }
 
 template <typename T>
@@ -270,10 +235,9 @@ BRN_LANES void for_each_vector_of(const Rows& rows, F f) {
   });
 }
 
-// One row after the other, as prefetchers like them (GB/s of
-// x for y, C = 256, by 1, 2 and 4 rows: 12.5, 5.8, 5.3; C = 1024: 13.0, 9.2, 10.4), unless they are
-// very short, or so long that their parameters, kReals a channel, do not fit the L1 (C = 2048: 7.7,
-// 9.6, 10.8).
+// One row after the other, as prefetchers like them (GB/s of x for y out of memory, C = 256, by 1,
+// 2 and 4 rows: 12.5, 5.8, 5.3; C = 1024: 13.0, 9.2, 10.4), unless they are very short, or so long
+// that their parameters, kReals a channel, do not fit the L1 (C = 2048: 7.7, 9.6, 10.8).
 template <typename T, int kReals, typename F>
 BRN_LANES void for_each_vector(const Rows& rows, F f) {
   const std::int64_t row = rows.stride * static_cast<std::int64_t>(sizeof(T));
@@ -288,13 +252,18 @@ BRN_LANES void for_each_vector(const Rows& rows, F f) {
   }
 }
 
+// How far to fetch ahead of one stream: GB/s of x for y out of memory without and with it, C =
+// 64, 9.3 and 11.6. With two streams it did not pay.
+template <typename T>
+constexpr std::int64_t kAhead = 2048 / sizeof(T);
+
 template <typename T>
 void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T* y) {
   const auto normalise = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
     const CentredAffine<Lanes<T>> affine{load_reals<T>(a.centre + c), load_reals<T>(a.scale + c),
                                          load_reals<T>(a.shift + c)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
-      __builtin_prefetch(x + at + 2048 / sizeof(T));
+      __builtin_prefetch(x + at + kAhead<T>);
       store(y + at, apply(affine, load(x + at)));
     }
   };

@@ -27,6 +27,7 @@ struct Narrow {
   BRN_LANES explicit Narrow(const Rows& rows) : width(rows.width), fold(kLanes<T>) {
     while (fold % 2 == 0 && width * (fold / 2) % kLanes<T> == 0) fold /= 2;
     wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold};
+    if (wide.width > kMost) __builtin_unreachable();
     rest = rows.count % fold * rows.width;
     rest_at = wide.first + wide.count * wide.stride;
   }
