@@ -7,6 +7,7 @@ torch's test_modules.py is not in its wheel; the checks here are its checks, by 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -271,7 +272,8 @@ def test_grad(info, training, check, device):
             given = dict(zip(names, parameters, strict=True))
             return torch.func.functional_call(layer, given, (x,))
 
-        assert check(call, (x, *layer.parameters()), nondet_tol=0.0)
+        fast = x.numel() > 200  # every element by itself otherwise
+        assert check(call, (x, *layer.parameters()), nondet_tol=0.0, fast_mode=fast)
 
 
 @each_device()
@@ -384,6 +386,8 @@ DIFFERENCES = {
     "float32 x, float16 layer": (False, True, "statistics are float32, a weight is widened"),
     "float16 x, bfloat16 layer": (False, True, "statistics are float32, a weight is widened"),
 }
+if "bias" not in inspect.signature(nn.BatchNorm1d).parameters:
+    DIFFERENCES["affine=False, bias=True"] = (False, True, "torch 2.11 does not have it yet")
 
 
 def accepts(run, cls):

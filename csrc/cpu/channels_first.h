@@ -90,42 +90,61 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, 
   return moments;
 }
 
-// A running sum in blocks of at least eight vectors, so that few additions stand between an element
-// and the exact total.
+// A running sum in blocks of kBlock vectors, each in four chains, so that few additions stand
+// between an element and the exact total.
 template <typename T>
 struct ChannelSums {
+  static constexpr int kBlock = 64;
+
   const Lanes<T> centre;
   ExactSum<Lanes<T>> g{};
   ExactSum<Lanes<T>> gx{};
-  LaneSums<T> open{};
-  int vectors = 0;  // in open
+  LaneSums<T> chains[4] = {};
+  int vectors = 0;  // in the chains
 
-  BRN_LANES void close(LaneSums<T> sums) {
-    g.add(sums.g);
-    gx.add(sums.gx);
+  BRN_LANES void close() {
+    chains[0] += chains[1];
+    chains[2] += chains[3];
+    chains[0] += chains[2];
+    g.add(chains[0].g);
+    gx.add(chains[0].gx);
+    for (LaneSums<T>& chain : chains) chain = {};
+    vectors = 0;
   }
   BRN_LANES void add_run(const T* dy, const T* x, std::int64_t length) {
     constexpr int kStep = kLanes<T>;
     std::int64_t i = 0;
-    for (; i + 8 * kStep <= length; i += 8 * kStep) close(tile_sums(dy + i, x + i, kStep, centre));
-    for (; i + kStep <= length; i += kStep, ++vectors) add(load(dy + i), load(x + i) - centre);
+    while (i + 4 * kStep <= length) {
+      const std::int64_t room = i + (kBlock - vectors) * kStep;
+      const std::int64_t end = room < length ? room : length;
+      const std::int64_t begin = i;
+      LaneSums<T> sums[4] = {chains[0], chains[1], chains[2], chains[3]};
+      for (; i + 4 * kStep <= end; i += 4 * kStep) {
+        for (int k = 0; k < 4; ++k) {
+          const Lanes<T> v = load(dy + i + k * kStep);
+          sums[k] += {v, v * (load(x + i + k * kStep) - centre)};
+        }
+      }
+      for (int k = 0; k < 4; ++k) chains[k] = sums[k];
+      vectors += static_cast<int>((i - begin) / kStep);
+      if (vectors > kBlock - 4) close();
+    }
+    for (; i + kStep <= length; i += kStep, ++vectors) add(0, load(dy + i), load(x + i) - centre);
     if (i < length) {
       if (length >= kStep) {
         const Mask<T> mask = last_elements<T>(length - i);
-        add(mask(load(dy + length - kStep)), mask(load(x + length - kStep) - centre));
+        add(1, mask(load(dy + length - kStep)), mask(load(x + length - kStep) - centre));
       } else {
         const Mask<T> mask = first_elements<T>(length);
-        add(load_first(dy, length), mask(load_first(x, length) - centre));
+        add(1, load_first(dy, length), mask(load_first(x, length) - centre));
       }
       ++vectors;
     }
-    if (vectors >= 8) {
-      close(open);
-      open = {};
-      vectors = 0;
-    }
+    if (vectors > kBlock - 4) close();
   }
-  BRN_LANES void add(Lanes<T> v, Lanes<T> x_minus_centre) { open += {v, v * x_minus_centre}; }
+  BRN_LANES void add(int chain, Lanes<T> v, Lanes<T> x_minus_centre) {
+    chains[chain] += {v, v * x_minus_centre};
+  }
 };
 
 // Sum and error of all lanes together.
@@ -165,7 +184,7 @@ BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const
     sums.add_run(dy + at, x + at, length);
   };
   for_each_run(part, w, part.begin, part.end, add);
-  if (sums.vectors > 0) sums.close(sums.open);
+  if (sums.vectors > 0) sums.close();
   const ExactSum<Real> g = across(sums.g);
   const ExactSum<Real> gx = across(sums.gx);
   rows.g[w] = g.sum;

@@ -57,7 +57,7 @@ inline std::int64_t slab_width(const Problem& p) {
   const std::int64_t channel = size_of(p.dtype) * std::max<std::int64_t>(p.reduced(), 1);
   if (p.layout == Layout::kChannelsFirst) {
     // Small channels together, to make up for what a slab costs.
-    constexpr std::int64_t kSmall = 8 * 1024;
+    constexpr std::int64_t kSmall = 128 * 1024;
     return std::clamp<std::int64_t>(kSmall / channel, 1, std::max<std::int64_t>(p.channels, 1));
   }
   // Whole rows: pieces of rows that are a power of two apart meet in a few sets of the caches (64
