@@ -34,7 +34,7 @@ def find(check: str):
     raise LookupError(f"none of {MODULES} has {check}")
 
 
-def run(world: int, checks: list[str], folder: Path, patience: float = 300) -> list[dict]:
+def run(world: int, checks: list[str], folder: Path, patience: float = 600) -> list[dict]:
     """The outcome of each check by rank: "passed", or a traceback. What a rank did not come to is
     missing, and so is all that came after a failure."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -73,7 +73,7 @@ def main(rank: int, world: int, folder: Path, checks: list[str]) -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=240),
     )
     with open(folder / f"outcomes{rank}", "w") as outcomes:
         for check in checks:
