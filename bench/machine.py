@@ -76,8 +76,18 @@ def directory_name(head: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", str(head["chip"]).lower()).strip("-")
 
 
-def text(head: dict, roofs: dict[int, float], cache: int) -> str:
-    """The lines above the tables. `roofs` by number of threads; on CUDA there is one."""
+def _speeds(by_threads: dict[int, float], cpu: bool) -> str:
+    return ", ".join(
+        f"{speed / 1e9:.1f} GB/s" + (f" ({threads} threads)" if cpu else "")
+        for threads, speed in by_threads.items()
+    )
+
+
+def text(
+    head: dict, roofs: dict[int, float], cache: int, fresh: dict[int, float] | None = None
+) -> str:
+    """The lines above the tables. `roofs` by number of threads; on CUDA there is one. `fresh`: the
+    same into new memory, on the CPU."""
     first = [str(head["chip"])]
     if head["device"] == "cuda":
         first += [f"sm_{str(head['sm']).replace('.', '')}", f"{head['sm_count']} SMs"]
@@ -88,11 +98,10 @@ def text(head: dict, roofs: dict[int, float], cache: int) -> str:
     else:
         first += [f"{head['cores']} cores", str(head["capability"])]
     second = [f"torch {head['torch']}", f"Python {head['python']}", f"commit {head['commit']}"]
-    copies = ", ".join(
-        f"{speed / 1e9:.1f} GB/s" + (f" ({threads} threads)" if head["device"] == "cpu" else "")
-        for threads, speed in roofs.items()
-    )
+    copies = _speeds(roofs, head["device"] == "cpu")
     roof = f"a copy reaches {copies}, read and written: the roof below"
+    if fresh:
+        roof += f" | into new memory, as outputs beyond 32 MB: {_speeds(fresh, True)}"
     third = f"last-level cache {cache / 2**20:.0f} MiB | {roof}"
     if head["device"] == "cpu" and float(head["load"]) > 0.3 * int(head["cores"]):
         load = f"load average {head['load']:.1f} before the run, on {head['cores']} cores"

@@ -8,10 +8,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchrenorm_cuda import functional, reference
+from batchrenorm_cuda import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    RenormSchedule,
+    functional,
+    reference,
+)
 
 from . import OURS, PEER
 from .shapes import Problem
@@ -51,7 +58,29 @@ def _tensors(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Te
     return weight, bias, running, running + 0.9
 
 
+def _modules(kinds: dict[int, type[nn.Module]], problem: Problem, **options) -> Layer:
+    """A module as users call it, on the CPU, where every microsecond of the host is in the figure:
+    one in training mode and one in eval mode, with the same tensors."""
+    weight, bias, mean, spread = _tensors(problem, torch.device("cpu"))
+    kind = kinds[len(problem.shape)]
+    layers = [
+        kind(problem.shape[1], eps=EPS, momentum=MOMENTUM, dtype=weight.dtype, **options)
+        for _ in range(2)
+    ]
+    for layer in layers:
+        layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+        statistics = [name for name in layer._buffers if name.startswith("running_")]
+        for name, value in zip(statistics, (mean, spread), strict=True):
+            getattr(layer, name).copy_(value)
+    training, inference = layers[0].train(), layers[1].eval()
+    return Layer(training, inference, (training.weight, training.bias))
+
+
 def _batchrenorm(problem: Problem, device: torch.device) -> Layer:
+    if device.type == "cpu":
+        kinds = {2: BatchRenorm1d, 3: BatchRenorm1d, 4: BatchRenorm2d, 5: BatchRenorm3d}
+        limits = RenormSchedule(warmup_steps=0, r_max=3.0, r_max_step=0, d_max=5.0, d_max_step=0)
+        return _modules(kinds, problem, schedule=limits)
     weight, bias, mean, std = _tensors(problem, device)
 
     def call(x: Tensor, training: bool) -> Tensor:
@@ -75,6 +104,9 @@ def _reference(problem: Problem, device: torch.device, compiled: bool = False) -
 def _batch_norm(
     problem: Problem, device: torch.device, compiled: bool = False, cudnn: bool = True
 ) -> Layer:
+    if device.type == "cpu" and not compiled:
+        kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+        return _modules(kinds, problem)
     weight, bias, mean, var = _tensors(problem, device)
 
     def call(x: Tensor, training: bool) -> Tensor:

@@ -66,6 +66,20 @@ def copy_speeds(device: torch.device, quick: bool = False) -> dict[int, float]:
     return speeds
 
 
+def fresh_speed(quick: bool = False) -> float:
+    """Bytes per second, read and written, of a copy on the CPU into memory that is new each time,
+    as the outputs of operators beyond 32 MB are: the C library gives such blocks back to the
+    system, which clears their pages again."""
+    source = torch.empty(128 << 18, dtype=torch.float32).normal_()
+    seconds = []
+    for _ in range(5 if quick else 15):
+        begin = time.perf_counter()
+        copy = source.clone()
+        seconds.append(time.perf_counter() - begin)
+        del copy
+    return 2 * source.nbytes / sorted(seconds)[len(seconds) // 2]
+
+
 def roof(device: torch.device, quick: bool = False) -> float:
     """Bytes per second: the best median over sizes well beyond the cache."""
     return max(copy_speeds(device, quick).values())

@@ -206,20 +206,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = _defaults(args)
     except ValueError as error:
         parser().error(str(error))
-    roofs = {}
+    roofs, fresh = {}, {}
     for threads in args.threads if device.type == "cpu" else [None]:
         if threads is not None:
             torch.set_num_threads(threads)
         roofs[threads] = roofline.roof(device, args.quick)
+        if device.type == "cpu":
+            fresh[threads] = roofline.fresh_speed(args.quick)
     head = machine.header(device)
     cache = roofline.cache_bytes(device)
-    print(machine.text(head, roofs, cache), "", table.HEADER, sep="\n", flush=True)
+    print(machine.text(head, roofs, cache, fresh), "", table.HEADER, sep="\n", flush=True)
 
     results = {
         "header": head,
         "quick": args.quick,
         "cache_bytes": cache,
         "roof": {str(threads): roof for threads, roof in roofs.items()},
+        "fresh": {str(threads): speed for threads, speed in fresh.items()},
         "rows": [],
         "overhead": [],
         "memory": [],

@@ -7,6 +7,7 @@ it is, and says so. On the CPU calls run in a loop long enough for the clock.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import statistics
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from . import providers, roofline
 from .shapes import Problem
@@ -35,7 +37,7 @@ class Budget:
     def of(cls, device: torch.device, quick: bool) -> Budget:
         if device.type == "cuda":
             return cls(0.01, 5, 15) if quick else cls(0.02, 7, 31)
-        return cls(0.05, 3, 9) if quick else cls(0.4, 7, 51)
+        return cls(0.05, 3, 9) if quick else cls(0.15, 7, 51)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ def sets_needed(problem: Problem, device: torch.device, hot: bool) -> int:
         return 1
     enough = math.ceil(2 * roofline.cache_bytes(device) / max(problem.tensor_bytes, 1)) + 1
     return min(max(enough, 2), MOST_SETS[device.type])
+
+
+@functools.lru_cache(maxsize=1)  # operations on one problem follow one another
+def inputs_of(problem: Problem, device: torch.device, sets: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of x and dy."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        (problem.tensor(device, generator), problem.tensor(device, generator)) for _ in range(sets)
+    ]
 
 
 class CudaSampler:
@@ -151,11 +162,7 @@ def time_operation(
     budget: Budget,
 ) -> dict[str, Timing | Exception]:
     """A timing for each provider, or the exception that it raised."""
-    generator = torch.Generator(device).manual_seed(0)
-    sets = sets_needed(problem, device, hot)
-    inputs = [
-        (problem.tensor(device, generator), problem.tensor(device, generator)) for _ in range(sets)
-    ]
+    inputs = inputs_of(problem, device, sets_needed(problem, device, hot))
     sampler_type = CudaSampler if device.type == "cuda" else CpuSampler
     samplers, found = {}, {}
     for name in names:

@@ -116,12 +116,16 @@ struct SumsReduction {
 
   void merge(const Part& part, const Table<Real>& sums, const Table<Real>& total) const {
     for (const Row row : {kG, kGx}) {
-      const Row error = static_cast<Row>(row + 1);
+      Real* const sum = total[row];
+      Real* const error = total[row + 1];
+      const Real* const more = sums[row];
+      const Real* const more_error = sums[row + 1];
       for (std::int64_t w = 0; w < part.width; ++w) {
-        const double both = SumsChunk<Real>::exact(total[row][w], total[error][w]) +
-                            SumsChunk<Real>::exact(sums[row][w], sums[error][w]);
-        total[row][w] = static_cast<Real>(both);
-        total[error][w] = static_cast<Real>(both - static_cast<double>(total[row][w]));
+        const Real before = sum[w];
+        const Real next = before + more[w];
+        const Real added = next - before;
+        error[w] += more_error[w] + ((before - (next - added)) + (more[w] - added));
+        sum[w] = next;
       }
     }
   }
