@@ -156,13 +156,13 @@ def _require_known(argument: str, got: str, known: Iterable[str]) -> None:
 
 
 def named(argument: str, text: str, known: Iterable[str]) -> list[str]:
-    """The names in a list separated by commas; "all" is all of `known`.
+    """The names in a list separated by commas, each once; "all" is all of `known`.
 
     Raises:
         ValueError: for a name that is not in `known`.
     """
     known = list(known)
-    names = known if text == "all" else text.split(",")
+    names = known if text == "all" else list(dict.fromkeys(text.split(",")))
     for name in names:
         _require_known(argument, name, [*known, "all"])
     return names

@@ -63,7 +63,8 @@ def test_expected_bytes_lie_between_one_reading_and_two(device_like):
         reads = {"forward": 1, "backward": 2, "inference": 1}[row.op]
         assert row.floor_bytes == (reads + 1) * row.tensor_bytes
         assert row.floor_bytes <= row.moved_bytes <= row.floor_bytes + row.reread_bytes, row
-        assert 0 <= row.reread_bytes < reads * row.tensor_bytes
+        again = (row.times_read - 1.0) * reads * row.tensor_bytes
+        assert row.reread_bytes == pytest.approx(again, abs=1.0)
         assert 1.0 <= row.times_read < 2.0 and 0.0 < row.kept <= 1.0
         assert (row.rounds == 1) == (row.reread_bytes == 0) == (row.kept == 1.0), row
         assert row.model_us >= row.copy_us > 0
@@ -133,6 +134,10 @@ def test_chips_are_what_their_makers_say(device_like):
     assert 0 < chip.copy < chip.bandwidth <= 8000
 
 
+def test_the_copy_of_an_h200_is_the_one_that_was_measured():
+    assert chips.find("h200").copy == pytest.approx(4300, rel=0.01)
+
+
 def test_a_number_of_sms_is_a_part_of_an_h200():
     assert chips.find("132") == chips.CHIPS["h200"]
     assert chips.find("66").copy == pytest.approx(chips.CHIPS["h200"].copy / 2)
@@ -177,7 +182,7 @@ def test_explain_refuses(arguments, complaint):
         explain.explain(**arguments)
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line():
     command = [sys.executable, "-m", "batchrenorm_cuda", "explain"]
     options = ["--suite", "resnet50", "--device-like", "h200"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
@@ -202,6 +207,7 @@ def test_lists_of_names_and_json(tmp_path, capsys):
 
 
 def test_a_shape_in_two_suites_is_explained_once():
+    assert explain.named("suite", "rl,3d,rl", suites.SUITES) == ["rl", "3d"]
     shapes = explain.shapes_of(["resnet50", "cpu"])
     assert len(shapes) == len(set(shapes)) == len(set(suites.SUITES["cpu"]))
 
