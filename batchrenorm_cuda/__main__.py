@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from . import introspect
+from . import chips, explain, introspect, suites
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -26,15 +27,17 @@ def _shape(text: str) -> list[int]:
 
 def _explain(args: argparse.Namespace) -> int:
     try:
-        text = introspect.explain(
-            args.shape,
-            introspect.DTYPES[args.dtype],
-            channels_last=args.channels_last,
-            device_like=args.device_like,
-        )
-    except ValueError as error:
+        dtypes = explain.named("dtype", args.dtype, suites.DTYPES)
+        layouts = explain.named("layout", args.layout, suites.LAYOUTS)
+        shapes = [args.shape]
+        if args.suite is not None:
+            shapes = explain.shapes_of(explain.named("suite", args.suite, suites.SUITES))
+        rows = explain.expectations(shapes, dtypes, layouts, args.device_like)
+        if args.json is not None:
+            args.json.write_text(explain.as_json(rows, args.device_like) + "\n")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(text)
+    print(explain.text(rows, args.device_like))
     return 0
 
 
@@ -50,11 +53,24 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("doctor", help="what was built, what is here, what is wrong")
     command.set_defaults(run=_doctor)
-    command = commands.add_parser("explain", help="the launch plans for a shape, without a GPU")
-    command.add_argument("--shape", type=_shape, required=True, metavar="N,C,...")
-    command.add_argument("--dtype", choices=introspect.DTYPES, default="float32")
-    command.add_argument("--channels-last", action="store_true")
-    command.add_argument("--device-like", choices=introspect.CHIPS, default="h200")
+    command = commands.add_parser(
+        "explain",
+        help="the launch plans for a shape or for suites of shapes, without a GPU",
+        description="Lists are separated by commas; all is everything.",
+    )
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--shape", type=_shape, metavar="N,C,...")
+    what.add_argument("--suite", metavar="NAMES", help=", ".join(suites.SUITES))
+    command.add_argument(
+        "--dtype", default="float32", metavar="NAMES", help=", ".join(suites.DTYPES)
+    )
+    command.add_argument(
+        "--layout", default="nchw", metavar="NAMES", help=", ".join(suites.LAYOUTS)
+    )
+    command.add_argument(
+        "--device-like", default="h200", metavar="CHIP", help=f"{', '.join(chips.CHIPS)}, or SMs"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="the same for a program")
     command.set_defaults(run=_explain)
     commands.add_parser("parity", help="every case against a float64 reference", add_help=False)
     args = parser.parse_args(argv)

@@ -1,55 +1,10 @@
-"""`doctor`, `explain` and the command line."""
-
-import itertools
-import subprocess
-import sys
+"""What was built, plans as Python sees them, `doctor` and the command line."""
 
 import pytest
 import torch
 
 from batchrenorm_cuda import _C, introspect
 from batchrenorm_cuda.__main__ import main
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    "shape",
-    [[32, 64, 56, 56], [256, 256], [1, 1], [8, 3, 7], [2, 65, 5, 4, 3], [4, 1, 9, 9]],
-    ids=str,
-)
-def test_explain_has_a_line_for_each_pass(shape, channels_last):
-    for chip, dtype in itertools.product(introspect.CHIPS, introspect.DTYPES.values()):
-        text = introspect.explain(shape, dtype, channels_last=channels_last, device_like=chip)
-        lines = {line.split()[0]: line for line in text.splitlines() if "%" in line}
-        assert list(lines) == ["forward", "backward", "inference"]
-        for line in lines.values():
-            assert 0 <= float(line.rstrip("%").split()[-1]) <= 100
-
-
-def test_explain_says_what_the_kernel_will_do():
-    plan = _C.plan("backward", 32, 64, 56 * 56, layout="channels_last", dtype="bfloat16")
-    text = introspect.explain([32, 64, 56, 56], torch.bfloat16, channels_last=True)
-    line = next(line for line in text.splitlines() if line.startswith("backward"))
-    words = line.split()
-    assert words[1:4] == [str(plan.teams), "x", str(plan.team)]
-    assert int(words[4]) == plan.threads
-    assert words[5:8] == [str(plan.slots), "x", str(plan.slot_bytes)]
-    assert f"{3 * 32 * 64 * 56 * 56 * 2 / 1e6:.1f} MB" in line  # x and dy read, dx written
-    assert "NOT a measurement" in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (dict(shape=[4]), "shape must be"),
-        (dict(shape=[4, 0, 2]), "shape must be"),
-        (dict(shape=[4, 4], dtype=torch.int32), "dtype must be"),
-        (dict(shape=[4, 4], device_like="v100"), "device_like must be"),
-    ],
-)
-def test_explain_refuses(arguments, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        introspect.explain(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -148,20 +103,6 @@ def test_doctor_sees_a_wrong_result(monkeypatch):
     )
     (problem,) = introspect.doctor()[1]
     assert "is off by" in problem
-
-
-def test_the_command_line():
-    python = [sys.executable, "-m", "batchrenorm_cuda"]
-    shape = ["--shape", "32,64,56,56", "--dtype", "bfloat16", "--channels-last"]
-    done = subprocess.run([*python, "explain", *shape], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == introspect.explain(
-        [32, 64, 56, 56], torch.bfloat16, channels_last=True
-    )
-    wrong = subprocess.run(
-        [*python, "explain", "--shape", "32,0"], capture_output=True, text=True, check=False
-    )
-    assert wrong.returncode != 0
-    assert wrong.stderr.startswith("error: shape must be")
 
 
 def test_parity_has_its_own_options(capsys):

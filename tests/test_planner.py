@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from simt.emulator import DTYPES, ITEM_SIZE, Emulator, Layout, Pass, Problem, load
 
 from batchrenorm_cuda import _C
+from batchrenorm_cuda.suites import SUITES
 
 PASSES = ("forward", "backward", "inference")
 LAYOUTS = ("channels_first", "channels_last")
@@ -211,18 +212,8 @@ def test_more_elements_than_an_int_counts(which, layout, dtype, n, c, s):
 
 # ---- what is expected of shapes that matter ----
 
-# Channels, height = width: the normalised maps of ResNet-50.
-RESNET50 = [
-    (64, 112),
-    (64, 56),
-    (256, 56),
-    (128, 28),
-    (512, 28),
-    (256, 14),
-    (1024, 14),
-    (512, 7),
-    (2048, 7),
-]
+# Channels, height = width.
+RESNET50 = [shape[1:3] for shape in SUITES["resnet50"]]
 H200 = 132
 
 

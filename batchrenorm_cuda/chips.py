@@ -1,0 +1,56 @@
+"""GPUs as the planner sees them, for plans on a machine without one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """What a plan and the expectation of it depend on."""
+
+    sm_count: int
+    bandwidth: float  # of the memory, GB/s
+    l2: float  # bytes
+
+    @property
+    def copy(self) -> float:
+        """What a copy reaches in GB/s, bytes read and bytes written counted.
+
+        0.9 of the data sheet: on an H200, 4.3 of 4.8 TB/s.
+        """
+        return 0.9 * self.bandwidth
+
+
+# The largest version of each, as NVIDIA's data sheets and architecture white papers (Turing, GA100,
+# GA102, Ada, Hopper, Blackwell) give it: SMs = CUDA cores / 128, or / 64 on T4, A100. The L2 of
+# H100, H200 and B200 is what the driver reports.
+CHIPS = {
+    "t4": Chip(40, 320, 4e6),
+    "a100": Chip(108, 2039, 40e6),
+    "a10": Chip(72, 600, 6e6),
+    "rtx3090": Chip(82, 936, 6e6),
+    "l4": Chip(58, 300, 48e6),
+    "l40s": Chip(142, 864, 96e6),
+    "rtx4090": Chip(128, 1008, 72e6),
+    "h100": Chip(132, 3350, 50e6),
+    "h200": Chip(132, 4800, 60e6),
+    "b200": Chip(148, 8000, 126e6),
+    "rtx5090": Chip(170, 1792, 96e6),
+}
+
+
+def find(device_like: str) -> Chip:
+    """A chip of `CHIPS` by its name, or an H200 cut to a number of SMs.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if device_like in CHIPS:
+        return CHIPS[device_like]
+    if device_like.isdecimal() and int(device_like) > 0:
+        h200 = CHIPS["h200"]
+        part = int(device_like) / h200.sm_count
+        return Chip(int(device_like), h200.bandwidth * part, h200.l2 * part)
+    raise ValueError(
+        f"device_like must be a number of SMs or one of {', '.join(CHIPS)}, got {device_like!r}"
+    )
