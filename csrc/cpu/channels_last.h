@@ -34,25 +34,28 @@ BRN_LANES void for_each_stretch(const Rows& rows, F f) {
   if (whole < rows.width) f(rows.width - kLanes<T>, rows.width);
 }
 
-// Reads the lines of a tile in their order, a page of each tensor at a time, before the tile itself
-// reads several rows at once, an order that prefetchers follow only where rows are long. GB/s of x
-// out of memory without and with it: C = 64, moments 20 and 33, sums 6.8 and 17.9.
-template <typename T, typename... Others>
-BRN_LANES void touch(const Rows& rows, std::int64_t height, const T* tile,
-                     const Others*... others) {
-  constexpr std::int64_t kPage = 4096 / sizeof(T);
+// Reads the lines of `size` elements in their order, before what follows reads them in another one,
+// or together with writes: prefetchers follow nothing as well as this.
+template <typename T>
+BRN_LANES void touch(const T* from, std::int64_t size) {
   constexpr std::int64_t kLine = 64 / sizeof(T);
+  for (const T* end = from + size; from < end; from += kLine) {
+    static_cast<void>(*reinterpret_cast<const volatile unsigned char*>(from));
+  }
+}
+
+// The lines of a tile, a page of each tensor at a time. GB/s of x out of memory without and with
+// it: C = 64, moments 20 and 33, sums 6.8 and 17.9.
+template <typename T, typename... Others>
+BRN_LANES void touch_tile(const Rows& rows, std::int64_t height, const T* tile,
+                          const Others*... others) {
+  constexpr std::int64_t kPage = 4096 / sizeof(T);
   if (rows.width != rows.stride || rows.stride > kPage / 2) return;
   const std::int64_t size = height * rows.stride;
-  for (std::int64_t page = 0; page < size; page += kPage) {
-    const auto read = [&](const T* from) BRN_INLINED {
-      const T* end = from + (page + kPage < size ? page + kPage : size);
-      for (from += page; from < end; from += kLine) {
-        static_cast<void>(*reinterpret_cast<const volatile unsigned char*>(from));
-      }
-    };
-    read(tile);
-    (read(others), ...);
+  for (std::int64_t at = 0; at < size; at += kPage) {
+    const std::int64_t count = at + kPage < size ? kPage : size - at;
+    touch(tile + at, count);
+    (touch(others + at, count), ...);
   }
 }
 
@@ -148,7 +151,7 @@ void tall_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T
     for (std::int64_t row = 0; row < rows.count; row += kTall) {
       const T* tile = x + rows.first + row * rows.stride;
       const std::int64_t height = rows.count - row < kTall ? rows.count - row : kTall;
-      touch(rows, height, tile);
+      touch_tile(rows, height, tile);
       for (std::int64_t c = column; c < end; c += kLanes<T>) {
         const Lanes<T> pivots = load_reals<T>(pivot + c);
         LaneMoments<T> moments = height == kTall
@@ -189,7 +192,7 @@ void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centr
     for (std::int64_t row = 0; row < rows.count; row += kRows) {
       const std::int64_t tile = rows.first + row * rows.stride;
       const std::int64_t height = rows.count - row < kRows ? rows.count - row : kRows;
-      touch(rows, height, dy + tile, x + tile);
+      touch_tile(rows, height, dy + tile, x + tile);
       for (std::int64_t c = column; c < end; c += kLanes<T>) {
         const Lanes<T> centre = load_reals<T>(centres + c);
         LaneSums<T> sums{};
@@ -220,42 +223,45 @@ void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centr
 
 // Calls f(element, rows, column) for each vector of columns, kTogether rows at a time, so that the
 // parameters of its channels stay in registers.
-template <typename T, int kTogether, typename F>
+template <int kTogether, typename T, typename F>
 BRN_LANES void for_each_vector_of(const Rows& rows, F f) {
-  for_each_stretch<T>(rows, [&](std::int64_t column, std::int64_t end) BRN_INLINED {
-    for (std::int64_t row = 0; row < rows.count; row += kTogether) {
-      const std::int64_t at = rows.first + row * rows.stride;
-      const std::int64_t height = rows.count - row;
-      if (height >= kTogether) {
-        for (std::int64_t c = column; c < end; c += kLanes<T>) f(at + c, kTogether, c);  // unrolled
-      } else {
-        for (std::int64_t c = column; c < end; c += kLanes<T>) f(at + c, height, c);
-      }
+  const std::int64_t whole = rows.width / kLanes<T> * kLanes<T>;
+  const auto each = [&](std::int64_t at, std::int64_t height) BRN_INLINED {
+    for (std::int64_t c = 0; c < whole; c += kLanes<T>) f(at + c, height, c);
+    // Over columns that are done, with the same result.
+    if (whole < rows.width) f(at + rows.width - kLanes<T>, height, rows.width - kLanes<T>);
+  };
+  for (std::int64_t row = 0; row < rows.count; row += kTogether) {
+    const std::int64_t at = rows.first + row * rows.stride;
+    if (rows.count - row >= kTogether) {
+      each(at, kTogether);  // unrolled
+    } else {
+      each(at, rows.count - row);
     }
-  });
-}
-
-// One row after the other, as prefetchers like them (GB/s of x for y out of memory, C = 256, by 1,
-// 2 and 4 rows: 12.5, 5.8, 5.3; C = 1024: 13.0, 9.2, 10.4), unless they are very short, or so long
-// that their parameters, kReals a channel, do not fit the L1 (C = 2048: 7.7, 9.6, 10.8).
-template <typename T, int kReals, typename F>
-BRN_LANES void for_each_vector(const Rows& rows, F f) {
-  const std::int64_t row = rows.stride * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t parameters =
-      rows.width * static_cast<std::int64_t>(kReals * sizeof(RealOf<T>));
-  if (row <= 128) {
-    for_each_vector_of<T, 8>(rows, f);
-  } else if (parameters <= 16384) {
-    for_each_vector_of<T, 1>(rows, f);
-  } else {
-    for_each_vector_of<T, 4>(rows, f);
   }
 }
 
-// How far to fetch ahead of one stream: GB/s of x for y out of memory without and with it, C =
-// 64, 9.3 and 11.6. With two streams it did not pay.
-template <typename T>
-constexpr std::int64_t kAhead = 2048 / sizeof(T);
+// Rows shorter than a page: two kilobytes of each tensor are touched, then done row by row. GB/s of
+// x for y out of memory without and with that, where a plain loop has 14: C = 64, 11.0 and 13.2; C
+// = 256, 10.6 and 12.2; by 2 rows at a time, 5.8. Longer ones: row by row as they are, unless their
+// parameters, kReals a channel, do not fit the L1 (C = 2,048 by 1, 2 and 4 rows: 7.7, 9.6, 10.8).
+template <int kReals, typename T, typename F, typename... Others>
+BRN_LANES void for_each_vector(const Rows& rows, F f, const T* x, const Others*... others) {
+  constexpr std::int64_t kTouched = 2048 / sizeof(T);
+  constexpr std::int64_t kLongest = 16384 / (kReals * sizeof(RealOf<T>));
+  if (rows.width > kLongest) return for_each_vector_of<4, T>(rows, f);
+  if (rows.width != rows.stride || rows.width >= 2 * kTouched) {
+    return for_each_vector_of<1, T>(rows, f);
+  }
+  const std::int64_t few = rows.width < kTouched ? kTouched / rows.width : 1;
+  for (std::int64_t row = 0; row < rows.count; row += few) {
+    const std::int64_t count = rows.count - row < few ? rows.count - row : few;
+    const Rows touched{rows.first + row * rows.stride, count, rows.stride, rows.width};
+    touch(x + touched.first, count * rows.width);
+    (touch(others + touched.first, count * rows.width), ...);
+    for_each_vector_of<1, T>(touched, f);
+  }
+}
 
 template <typename T>
 void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T* y) {
@@ -263,11 +269,10 @@ void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T
     const CentredAffine<Lanes<T>> affine{load_reals<T>(a.centre + c), load_reals<T>(a.scale + c),
                                          load_reals<T>(a.shift + c)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
-      __builtin_prefetch(x + at + kAhead<T>);
       store(y + at, apply(affine, load(x + at)));
     }
   };
-  for_each_vector<T, 3>(rows, normalise);
+  for_each_vector<3>(rows, normalise, x);
 }
 
 template <typename T>
@@ -281,7 +286,7 @@ void wide_project(const Rows& rows, const T* dy, const T* x, const RealOf<T>* ce
       store(dx + at, apply(projection, load(dy + at), load(x + at) - centre));
     }
   };
-  for_each_vector<T, 4>(rows, project);
+  for_each_vector<4>(rows, project, dy, x);
 }
 
 }  // namespace
