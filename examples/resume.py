@@ -1,4 +1,4 @@
-"""A training run that is interrupted in the middle of the schedule and goes on as if it had not been.
+"""A run that is broken off in the middle of the schedule and goes on as if it had not been.
 
     python examples/resume.py
 
