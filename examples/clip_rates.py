@@ -11,7 +11,6 @@ seconds.
 """
 
 import argparse
-import math
 from typing import NamedTuple
 
 import torch
@@ -71,22 +70,16 @@ def main(arguments: list[str] | None = None) -> tuple[list[Window], RenormSchedu
                 optimizer.step()
             layers = monitor.read().values()
             monitor.reset()
-            window = Window(
-                r_max,
-                d_max,
-                max(clipping.r_clipped for clipping in layers),
-                max(clipping.d_clipped for clipping in layers),
-            )
-            windows.append(window)
+            r_clipped = max(clipping.r_clipped for clipping in layers)
+            d_clipped = max(clipping.d_clipped for clipping in layers)
+            windows.append(Window(r_max, d_max, r_clipped, d_clipped))
             print(
-                f"step {number * chosen.window:4}: r_max {r_max:.2f} clips {window.r_clipped:6.1%}, "
-                f"d_max {d_max:.2f} clips {window.d_clipped:6.1%}"
+                f"step {number * chosen.window:4}: r_max {r_max:.2f} clips {r_clipped:6.1%}, "
+                f"d_max {d_max:.2f} clips {d_clipped:6.1%}"
             )
-            if number < chosen.warmup:
-                continue
-            if window.r_clipped > chosen.aim:
-                r_max, reached["r_max"] = math.ceil(r_max * 1.25 * 100) / 100, number
-            if window.d_clipped > chosen.aim:
+            if number >= chosen.warmup and r_clipped > chosen.aim:
+                r_max, reached["r_max"] = round(r_max * 1.25, 2), number
+            if number >= chosen.warmup and d_clipped > chosen.aim:
                 d_max, reached["d_max"] = round(d_max + 0.25, 2), number
             set_limits(model, r_max, d_max)
 

@@ -11,7 +11,6 @@ as short as this would end before; here the jump comes at --warmup, a tenth of t
 """
 
 import argparse
-import copy
 from typing import NamedTuple
 
 import torch
@@ -86,17 +85,18 @@ class Result(NamedTuple):
 def main(arguments: list[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--warmup", type=int, help="updates with BatchNorm (a tenth)")
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--warmup", type=int, default=300, help="updates with BatchNorm")
+    parser.add_argument("--separate", action="store_true", help="two forwards, not CrossQ's one")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
-    warmup = chosen.updates // 10 if chosen.warmup is None else chosen.warmup
     torch.manual_seed(chosen.seed)
     generator = torch.Generator().manual_seed(chosen.seed + 1)
 
-    schedule = RenormSchedule(warmup, 3.0, warmup, 5.0, warmup)
-    actor = Actor(chosen.width)
-    critics = nn.ModuleList(Critic(chosen.width, schedule) for _ in range(2))
+    forwards = 2 if chosen.separate else 1  # that the layers see in an update
+    end = chosen.warmup
+    schedule = RenormSchedule(end, 3.0, end, 5.0, end, steps_per_update=forwards)
+    actor = Actor(64)
+    critics = nn.ModuleList(Critic(64, schedule) for _ in range(2))
     actor_optimizer = torch.optim.Adam(actor.parameters(), 1e-3, (0.5, 0.999))
     critic_optimizer = torch.optim.Adam(critics.parameters(), 1e-3, (0.5, 0.999))
     memory: list[tuple[Tensor, ...]] = []
@@ -117,7 +117,8 @@ def main(arguments: list[str] | None = None) -> Result:
         with torch.no_grad():
             a2, log_p2 = actor(s2)
         joint = torch.cat([torch.cat([s, a], 1), torch.cat([s2, a2], 1)])
-        q, q2 = torch.stack([critic(joint) for critic in critics]).chunk(2, 1)
+        parts = [[critic(part) for part in joint.chunk(forwards)] for critic in critics]
+        q, q2 = torch.stack([torch.cat(part) for part in parts]).chunk(2, 1)
         target = reward.unsqueeze(1) + GAMMA * (q2.amin(0) - ALPHA * log_p2)
         critic_loss = F.mse_loss(q, target.detach().expand_as(q))
         critic_optimizer.zero_grad()

@@ -6,8 +6,11 @@ The network is written as torchvision's are, with the same names, so its checkpo
 instead. `convert` changes no inference and `fold` none either, and what is folded has no trace of
 this package. The images are gratings in noise, 4 directions, made here; those of a batch have the
 same one, as frames of a video or crops of a scan are alike. BatchNorm is trained next to it, on the
-same images from the same weights: @@FIG@@ With --independent there is no difference. Takes
-@@TIME@@ on 2 cores.
+same images from the same weights.
+
+Accuracy in eval mode, seeds 0 to 4: BatchNorm 0.72 (spread 0.13), Batch Renorm 0.95 (0.06). With
+--independent, where the images of a batch have nothing in common, 0.99 and 1.00: batches of 2 alone
+are no harm here. Of two learning rates, 0.005 was better for both than 0.02. Takes 20 s.
 """
 
 import argparse

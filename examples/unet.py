@@ -6,9 +6,15 @@
 With one image in a batch BatchNorm trains a network that sees every image normalised by itself, and
 infers with one that sees it normalised by the average. Batch Renorm trains the one that infers, so
 far as its limits allow. Printed for both, after training on the same images: the Dice score in eval
-mode; and the gap, how much of the logits differs between the training and the inference of an
-image (root mean square, relative). The images are discs or balls on a background, of a brightness,
-contrast and number of their own, made here. @@FIG@@
+mode; and the gap, how much the logits of an image differ between training and inference (root mean
+square, relative). The images are discs or balls on a background, of a brightness, contrast and
+number of their own, made here.
+
+In 2-D, seeds 0 to 4, the gap was 0.48 with BatchNorm and 0.21 with Batch Renorm, Dice 0.91 (spread
+0.04) and 0.93 (0.02); in 3-D, seeds 0 to 2, 0.23 and 0.07, Dice 0.85 and 0.83. So the gap closes,
+and that need not gain anything: an image that is normalised by itself has lost its brightness and
+contrast, which helps to find the discs here (Dice 0.97 if BatchNorm could infer so). If your task is
+like that, try InstanceNorm. Takes 10 s in 2-D, a minute in 3-D.
 """
 
 import argparse
