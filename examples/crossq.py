@@ -7,7 +7,13 @@ are normalised alike, and no target network is needed. The task is a point mass 
 brought to rest at the origin, 16 of them at a time; episodes take 40 steps.
 
 The schedule: CrossQ has BatchNorm for 100,000 updates and then r_max = 3, d_max = 5 at once. A run
-as short as this would end before; here the jump comes at --warmup, a tenth of the updates. @@FIG@@
+as short as this would end before; here the jump comes after --warmup updates, three times the 100
+(1 / momentum) that the averages reach back. After 100, two of seeds 0 to 7 fell back for a while.
+
+What it shows, with seeds 3 to 7: the return goes from -25 ... -74 to -4.7 ... -5.2 in 1,000 updates
+(the best of 35 linear controllers: -4.4). What it does not show is a gain over BatchNorm, which on
+a task this easy gets as far (--warmup 100000). The joint forward does matter: with --separate runs
+are less steady and end at -4.8 ... -7.4 with BatchNorm, -4.9 ... -7.0 with Batch Renorm. Takes 5 s.
 """
 
 import argparse

@@ -4,8 +4,9 @@
 
 A layer sees every microbatch, so its counter runs `accumulate` times as fast as the optimiser.
 `RenormSchedule(..., steps_per_update=accumulate)` makes the schedule's numbers those of the
-optimiser; you write it once and accumulate as you like. Two more things are yours to do: divide the
-loss, and give a microbatch the weight that leaves a step's what it was.
+optimiser; you write it once and accumulate as you like (`set_steps_per_update` changes it in
+mid-training). Two more things are yours to do: divide the loss, and give a microbatch the weight in
+the moving averages that leaves a step's what it was.
 
 Prints where the layer is after steps of the optimiser: its counter, its limits, and how much it
 did correct, which is nothing in the warm-up. With another --accumulate the limits are the same at
