@@ -286,6 +286,12 @@ class _BatchRenorm(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._schedule = schedule
+        if self._clipping is not None and self._clipping.device != self.running_mean.device:
+            # assign=True has put the layer on another device.
+            if self._clipping.is_meta:
+                self._clipping = new_counts(self.num_features, self.running_mean.device)
+            else:
+                self._clipping = self._clipping.to(self.running_mean.device)
 
     def _adopt(self, state_dict: dict[str, Any], prefix: str) -> RenormSchedule:
         """Brings this layer's entries of a state_dict into its own form, in place. Returns the
