@@ -1,9 +1,8 @@
 """What batch_renorm refuses, and how it says so.
 
 The operators check as much, in C++, before they change anything, but can only raise RuntimeError.
-So this slower check runs
-after they have refused, to name the culprit, and ahead of them where they do not run: under
-    torch.compile.
+So this slower check runs after they have refused, to name the culprit, and ahead of them where they
+do not run: under torch.compile.
 """
 
 from __future__ import annotations

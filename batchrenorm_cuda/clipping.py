@@ -93,7 +93,8 @@ torch.utils.checkpoint.SAC_IGNORED_OPS.update((before_step, count_clipping))
 
 
 def new_counts(channels: int, device: torch.device) -> Tensor:
-    return torch.zeros(ROWS, channels, dtype=torch.float64, device=device)
+    with torch.inference_mode(False):  # which would make a tensor that training cannot add to
+        return torch.zeros(ROWS, channels, dtype=torch.float64, device=device)
 
 
 def counting(
@@ -104,10 +105,17 @@ def counting(
     if running_mean is None or num_batches_tracked is None:
         missing = "running_mean" if running_mean is None else "num_batches_tracked"
         raise ValueError(f"{missing} must be given with clipping, got None")
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"clipping must be a Tensor, got {type(counts).__name__}")
     if counts.shape != (ROWS, running_mean.numel()) or counts.dtype != torch.float64:
         raise ValueError(
             f"clipping must be float64 of shape ({ROWS}, {running_mean.numel()}), got "
             f"{counts.dtype} of {tuple(counts.shape)}"
+        )
+    if counts.device != running_mean.device:
+        raise ValueError(
+            f"clipping must be on the device of running_mean, {running_mean.device}, got "
+            f"{counts.device}"
         )
     before = before_step(running_mean, running_std, num_batches_tracked)
 

@@ -115,7 +115,7 @@ def batch_renorm(
         if training:
             return _trained(x, weight_, bias_, step, clipping)
         return _inferred(x, weight_, bias_, step)
-    except (RuntimeError, TypeError, AttributeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         # Bad arguments are refused below, cheaply and before anything changes; this names the one.
         check_arguments(x, weight, bias, training, *step[:8])
         raise

@@ -4,6 +4,7 @@ nothing else."""
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class _BatchRenorm(nn.Module):
         skip_nonfinite: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(num_features, bool) or not isinstance(num_features, Integral):
+            raise TypeError(f"num_features must be a whole number, got {num_features!r}")
         if num_features < 1:
             raise ValueError(f"num_features must be >= 1, got {num_features}")
         check_numbers(momentum=momentum, eps=eps)
@@ -161,9 +164,10 @@ class _BatchRenorm(nn.Module):
         schedule = self._schedule
         if before != known:
             schedule = RenormSchedule.from_tensor(schedule.as_tensor(), before)
-        self.set_schedule(replace(schedule, steps_per_update=steps_per_update))
+        schedule = replace(schedule, steps_per_update=steps_per_update)
         counter = self.num_batches_tracked
         counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
+        self.set_schedule(schedule)
 
     @property
     def monitors_clipping(self) -> bool:
@@ -286,6 +290,12 @@ class _BatchRenorm(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._schedule = schedule
+        if self._clipping is not None and self._clipping.device != self.running_mean.device:
+            # assign=True has put the layer on another device.
+            if self._clipping.is_meta:
+                self._clipping = new_counts(self.num_features, self.running_mean.device)
+            else:
+                self._clipping = self._clipping.to(self.running_mean.device)
 
     def _adopt(self, state_dict: dict[str, Any], prefix: str) -> RenormSchedule:
         """Brings this layer's entries of a state_dict into its own form, in place. Returns the

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .clipping import Clipping
-from .modules import layers_of
+from .modules import _BatchRenorm, layers_of
 
 
 def monitor_clipping(model: nn.Module) -> ClippingMonitor:
@@ -27,8 +27,8 @@ def monitor_clipping(model: nn.Module) -> ClippingMonitor:
     it; only reading waits. When nothing monitors there is no cost. In the warm-up (r_max = 1, d_max
     = 0) everything is clipped. It goes on in compiled code, which is compiled once more for it, and
     in CUDA graphs captured meanwhile. Inference is not counted, nor are calls under torch.func
-    transforms or with forward-mode tangents. Counts follow the layer to another device and into
-    copies, and are in no state_dict.
+    transforms or with forward-mode tangents, nor what torch.export has recorded. Counts follow the
+    layer to another device and into copies, and are in no state_dict.
 
     Args:
         model: any module. Layers with track_running_stats=False clip nothing and are left out.
@@ -74,7 +74,8 @@ class ClippingMonitor:
     def close(self) -> None:
         """Ends the counting in all layers that were not monitored before."""
         for layer in self._started:
-            layer.monitor_clipping(False)
+            if isinstance(layer, _BatchRenorm):  # and not folded meanwhile
+                layer.monitor_clipping(False)
         self._started = []
 
     def __enter__(self) -> ClippingMonitor:

@@ -65,6 +65,10 @@ def update_stats(
         for name, layer in layers_of(model).items()
         if layer.running_mean is not None and not layer.statistics_frozen
     }
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be callable, got {type(forward).__name__}")
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
     for name, layer in named.items():
         if is_lazy(layer.running_mean):
             raise ValueError(
@@ -81,11 +85,26 @@ def update_stats(
             if forward is not None:
                 forward(batch)
             else:
-                x = batch[0] if isinstance(batch, list | tuple) else batch
-                model(x if device is None else x.to(device))
+                model(_first(batch, device))
             batches += 1
     if batches == 0:
         warnings.warn("loader has no batches: all statistics are as they were", stacklevel=2)
+
+
+def _first(batch: Any, device: torch.device | str | int | None) -> Any:
+    x = batch
+    if isinstance(batch, list | tuple):
+        if not batch:
+            raise ValueError("loader must give batches with a first element, got an empty one")
+        x = batch[0]
+    if device is None:
+        return x
+    if not hasattr(x, "to"):
+        raise TypeError(
+            f"loader must give what can be moved to a device, got {type(x).__name__}: say in "
+            "forward how to run the model on it"
+        )
+    return x.to(device)
 
 
 @contextmanager

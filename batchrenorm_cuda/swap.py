@@ -201,4 +201,9 @@ def like(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
     own = dict(vars(type(layer)))
     for name in ("__dict__", "__weakref__", "__doc__"):
         own.pop(name, None)
+    # Without any a parametrized object cannot be copied; torch's gives way to that of the class.
+    if hasattr(cls, "__deepcopy__"):
+        own.pop("__deepcopy__", None)
+    else:
+        own.setdefault("__deepcopy__", type(layer).__deepcopy__)
     return type(f"Parametrized{cls.__name__}", (cls,), own)

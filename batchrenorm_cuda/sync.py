@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.autograd.graph import increment_version
+from torch.fx import Proxy
 
 from . import _ops, checkpoint
 from .arguments import check_arguments
@@ -247,7 +248,7 @@ class SyncBatchRenorm(_BatchRenorm):
 
     def forward(self, input: Tensor) -> Tensor:
         world = self._world()
-        if world == 1:
+        if world == 1 or isinstance(input, Proxy):
             return super().forward(input)
         self._check_input_dim(input)
         step = (

@@ -340,6 +340,23 @@ def test_a_meta_layer_becomes_real():
     assert layer.read_clipping().steps == 0
 
 
+def test_a_meta_layer_becomes_real_by_assignment():
+    """Counts that stay behind would be added to nowhere."""
+    layer = layer_of(device="meta")
+    layer.monitor_clipping()
+    layer.load_state_dict(layer_of().state_dict(), assign=True)
+    layer(batches()[0])
+    assert layer.read_clipping().steps == 1
+
+
+def test_what_inference_mode_starts_training_goes_on_with():
+    layer = layer_of()
+    with torch.inference_mode():
+        layer.monitor_clipping()
+    layer(batches()[0])
+    assert layer.read_clipping().steps == 1
+
+
 def test_without_a_monitor_nothing_is_done(monkeypatch):
     monkeypatch.setattr(functional, "counting", lambda *_: pytest.fail("counted"))
     layer = layer_of()
@@ -381,6 +398,13 @@ def test_conversions_end_it():
     assert not hasattr(norm, "_clipping") and not convert(norm).monitors_clipping
 
 
+def test_a_model_folded_in_the_context_can_leave_it():
+    model = nn.Sequential(layer_of(), layer_of())
+    with monitor_clipping(model):
+        fold(model, skip="1")
+    assert not model[1].monitors_clipping
+
+
 def test_what_cannot_be_monitored():
     with pytest.raises(ValueError, match="clipping must be monitored to be read"):
         layer_of().read_clipping()
@@ -409,13 +433,16 @@ def test_what_cannot_be_monitored():
         ({"clipping": torch.zeros(9, 4)}, "clipping must be float64"),
         ({"num_batches_tracked": None}, "num_batches_tracked must be given with clipping"),
         ({"running_mean": None, "running_std": None}, "running_mean must be given with clipping"),
+        ({"clipping": torch.zeros(9, 4, device="meta").double()}, "clipping must be on the device"),
+        ({"clipping": [1]}, "clipping must be a Tensor, got list"),
+        ({"running_mean": torch.zeros(5)}, "running_mean must have shape"),
     ],
 )
 def test_bad_counts_change_nothing(arguments, message):
     mean, std, steps = torch.zeros(4), torch.ones(4), torch.tensor(0)
     given = {"running_mean": mean, "running_std": std, "num_batches_tracked": steps}
     given |= {"clipping": torch.zeros(9, 4).double()} | arguments
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         functional.batch_renorm(batches()[0], training=True, **given)
     assert mean.eq(0).all() and std.eq(1).all() and steps == 0
 

@@ -197,6 +197,7 @@ def test_a_job_resumes_with_another_schedule_in_its_code():
         ((2.0,), TypeError, "steps_per_update must be a whole number, got 2.0"),
         ((2, 0), ValueError, "before must be >= 1, got 0"),
         ((2, "4"), TypeError, "before must be a whole number, got '4'"),
+        ((10**30,), OverflowError, "too big"),  # torch refuses it for the counter
     ],
 )
 def test_a_bad_accumulation_changes_nothing(arguments, error, message):
@@ -205,6 +206,7 @@ def test_a_bad_accumulation_changes_nothing(arguments, error, message):
     with pytest.raises(error, match=message):
         layer.set_steps_per_update(*arguments)
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    assert layer._schedule == UPDATES
 
 
 def test_convert_from_now_counts_microbatches_of_the_past():

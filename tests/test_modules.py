@@ -176,6 +176,8 @@ def test_the_schedule_can_be_replaced_in_mid_training(device):
     ("arguments", "error", "message"),
     [
         ({"num_features": 0}, ValueError, "num_features must be >= 1, got 0"),
+        ({"num_features": 4.0}, TypeError, "num_features must be a whole number, got 4.0"),
+        ({"num_features": True}, TypeError, "num_features must be a whole number, got True"),
         ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
         ({"momentum": 1.1}, ValueError, "momentum must be .* got 1.1"),
         ({"momentum": "x"}, TypeError, "momentum must be a number, got str"),

@@ -215,6 +215,14 @@ def test_arguments_of_update_stats():
         update_stats(batches(), Network())
     with pytest.raises(ValueError, match="device must be None with forward"):
         update_stats(Network(), batches(), "cpu", forward=print)
+    with pytest.raises(TypeError, match="forward must be callable, got int"):
+        update_stats(Network(), batches(), forward=3)
+    with pytest.raises(TypeError, match="loader must be iterable, got NoneType"):
+        update_stats(Network(), None)
+    with pytest.raises(TypeError, match="loader must give what can be moved .* got dict"):
+        update_stats(Network(), [{"x": batches()[0]}], "cpu")
+    with pytest.raises(ValueError, match="loader must give batches with a first element"):
+        update_stats(Network(), [()])
     model = nn.Sequential(nn.Linear(5, 4), LazyBatchRenorm1d())
     with pytest.raises(ValueError, match="1 must have seen a batch, got a LazyBatchRenorm1d"):
         update_stats(model, batches())

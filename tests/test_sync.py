@@ -136,6 +136,30 @@ def test_parametrized_layers_stay_so():
     assert torch.equal(layer(x), expected)
 
 
+def test_parametrized_layers_are_copied_whatever_they_become():
+    """Torch gives a parametrized class a __deepcopy__ if it has none; without one, or with one that
+    copies the group, copying fails."""
+
+    class Group:  # as a ProcessGroup, which a process that is alone does not have
+        def __reduce_ex__(self, protocol):
+            raise TypeError("cannot pickle")
+
+    group = Group()
+    layer = BatchRenorm1d(3)
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    for change in (lambda m: convert_sync(m, group), fold, convert):
+        change(layer)
+        copied = copy.deepcopy(layer)
+        assert type(copied) is type(layer) and copied.process_group is group
+        assert copied.weight is not layer.weight and torch.equal(copied.weight, layer.weight)
+
+
+def test_torch_fx_takes_it_for_a_leaf_where_there_are_others(monkeypatch):
+    monkeypatch.setattr(SyncBatchRenorm, "_world", lambda _: 2)
+    traced = torch.fx.symbolic_trace(nn.Sequential(SyncBatchRenorm(3)))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
 def test_lazy_layers_become_synchronised_with_their_first_input():
     model = convert_sync(nn.Sequential(LazyBatchRenorm2d(momentum=0.3)), "group")
     assert type(model[0]) is LazySyncBatchRenorm
