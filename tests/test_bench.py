@@ -30,6 +30,7 @@ from bench import (  # noqa: E402
     run,
     shapes,
     small,
+    summary,
     table,
     timing,
 )
@@ -282,6 +283,22 @@ def test_results_are_written(measured):
     assert results["header"]["torch"] == torch.__version__ and results["quick"]
     assert results["roof"]["1"] > 1e8
     assert {row["verdict"] for row in results["acceptance"]} >= {"not measured"}
+
+
+def test_a_summary_is_of_our_rows_and_geometric():
+    rows = [_row(ratio=1.0), _row(ratio=4.0), _row(op="forward", ratio=3.0), _row(PEER, ratio=9.0)]
+    rows += [_row(ratio=7.0, hot=True), {"provider": OURS, "hot": False, "error": "no"}]
+    header, rule, line = summary.lines(_results(rows))
+    assert header == "| layout, dtype | threads | forward | train |"
+    assert rule.count("|") == header.count("|")
+    assert line == "| NCHW, float32 |  | 3.00 (3.00 ... 3.00) | 2.00 (1.00 ... 4.00) |"
+
+
+def test_the_readme_shows_the_results_that_are_committed():
+    results = json.loads((ROOT / "bench/results/cpu/cpu.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join(summary.lines(results)) in readme
+    assert not results["quick"] and "+changes" not in results["header"]["commit"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")

@@ -259,7 +259,15 @@ BRN_LANES void for_each_vector(const Rows& rows, F f, const T* x, const Others*.
     const Rows touched{rows.first + row * rows.stride, count, rows.stride, rows.width};
     touch(x + touched.first, count * rows.width);
     (touch(others + touched.first, count * rows.width), ...);
-    for_each_vector_of<1, T>(touched, f);
+    // 16-bit elements wait for their parameters, which have to be shuffled: (4, 256, 14, 14)
+    // bfloat16, forward, 58 us row by row and 49 us so.
+    if (sizeof(T) == 2 && few >= 4) {
+      for_each_vector_of<4, T>(touched, f);
+    } else if (sizeof(T) == 2 && few >= 2) {
+      for_each_vector_of<2, T>(touched, f);
+    } else {
+      for_each_vector_of<1, T>(touched, f);
+    }
   }
 }
 
