@@ -41,7 +41,10 @@ class Plan:
 
     sm_count: int
     resident_blocks: int
-    bytes_moved: int
+    bytes_moved: int  # every tensor of the problem once
+    bytes_reread: int  # that had to leave the registers, from L2 or memory
+    bytes_in_flight: int  # of them, at a time
+    bytes_missed: int  # of them, that L2 no longer holds
     microseconds: float
 
 def plan(
@@ -54,6 +57,7 @@ def plan(
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32",
     sm_count: int = 132,
     alignment: int = 16,
+    l2_bytes: float = 60e6,
 ) -> Plan: ...
 
 MAX_THREADS: int

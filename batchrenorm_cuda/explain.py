@@ -84,12 +84,12 @@ def expect(
         layout="channels_last" if last else "channels_first",
         dtype=dtype,
         sm_count=chip.sm_count,
+        l2_bytes=chip.l2,
     )
     tensor_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     read = tensor_bytes * (2 if op == "backward" else 1)
-    left = _left_registers(plan)
-    reread = round(read * left)
-    moved = plan.bytes_moved + round(reread * _misses(plan, reread, chip))
+    left = plan.bytes_reread / read
+    moved = plan.bytes_moved + plan.bytes_missed
     return Expectation(
         shape="x".join(map(str, shape)),
         dtype=dtype,
@@ -108,7 +108,7 @@ def expect(
         kept=1.0 - left,
         times_read=1.0 + left,
         floor_bytes=plan.bytes_moved,
-        reread_bytes=reread,
+        reread_bytes=plan.bytes_reread,
         moved_bytes=moved,
         workspace_bytes=0
         if plan.team == 1 or op == "inference"
@@ -117,25 +117,6 @@ def expect(
         copy_us=plan.bytes_moved / chip.copy / 1e3,
         model_us=_model_us(plan, chip, moved),
     )
-
-
-def _left_registers(plan: _C.Plan) -> float:
-    """The part of a slab that is read again: in each block, all rounds but the last."""
-    early = (plan.rounds - 1) * plan.positions_per_round
-    last_block = plan.positions - (plan.team - 1) * plan.share
-    return ((plan.team - 1) * min(plan.share, early) + min(last_block, early)) / plan.positions
-
-
-# Of an H200's 60 MB, what is expected to be still there when it is read again, newest first: the
-# planner's kL2Reach. The same part of another chip's.
-_L2_REACH = 28 / 60
-
-
-def _misses(plan: _C.Plan, reread: int, chip: chips.Chip) -> float:
-    """The part of what is read again that L2 no longer holds."""
-    at_once = min(plan.teams, max(1, plan.resident_blocks // plan.team))
-    in_flight = reread * at_once / plan.slabs
-    return max(0.0, 1.0 - _L2_REACH * chip.l2 / in_flight) if in_flight else 0.0
 
 
 # The planner's model is of an H200 (csrc/core/plan.h, estimate()): a cost for the launch and the

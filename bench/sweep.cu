@@ -255,7 +255,7 @@ int main(int argc, char** argv) {
   const auto began = std::chrono::steady_clock::now();
   cudaDeviceProp chip{};
   check(cudaGetDeviceProperties(&chip, 0), "cudaGetDeviceProperties");
-  const Device device{chip.multiProcessorCount};
+  const Device device{chip.multiProcessorCount, static_cast<double>(chip.l2CacheSize)};
   const Memory memory = allocate();
   cudaStream_t stream = nullptr;
   check(cudaStreamCreate(&stream), "cudaStreamCreate");

@@ -101,15 +101,42 @@ def test_what_is_kept_is_what_the_kernel_does_not_load_again():
         row = explain.expect(shape, "float32", layout, op, "t4")
         pixels = row.tensor_bytes // 4 // shape[0] // shape[1]
         words = {"nchw": "channels_first", "nhwc": "channels_last"}[row.layout]
-        plan = _C.plan(op, shape[0], shape[1], pixels, layout=words, sm_count=40)
+        plan = _C.plan(op, *shape[:2], pixels, layout=words, sm_count=40, l2_bytes=4e6)
         kept = 0
         for block in range(plan.team):
             own = min(plan.share, plan.positions - block * plan.share)
-            last = (plan.rounds - 1) * plan.positions_per_round
-            kept += max(0, min(own - last, plan.positions_per_round))
+            pieces = range(0, plan.rounds * plan.positions_per_round, plan.positions_per_round)
+            held = [max(0, min(own - piece, plan.positions_per_round)) for piece in pieces]
+            assert sum(held) == own
+            kept += [held[-1], *held[:-1]][-1]  # the ragged one is taken first
         assert row.kept == pytest.approx(kept / plan.positions)
         several += plan.rounds > 1 and plan.team > 1
     assert several > 20, "the cases must include slabs that registers do not hold"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "op", "rounds"),
+    [
+        ((8, 19, 512, 1024), "float32", "nchw", "backward", 6),
+        ((256, 2048, 7, 7), "bfloat16", "nchw", "forward", 4),
+        ((32, 2048, 7, 7), "float32", "nhwc", "backward", 7),
+    ],
+)
+def test_a_full_round_is_kept_and_not_what_is_left_over(shape, dtype, layout, op, rounds):
+    row = explain.expect(shape, dtype, layout, op)
+    assert row.rounds == rounds and row.kept >= 1 / rounds
+
+
+def test_what_runs_at_once_is_what_l2_has_to_hold():
+    """2048 lone blocks, 396 of them resident: 50 MB are read again, 10 at a time."""
+    sizes = 256, 2048, 49
+    plan = _C.plan("forward", *sizes, dtype="bfloat16", l2_bytes=60e6)
+    assert plan.team == 1 and plan.teams == 2048 and plan.bytes_reread > L2_REACH
+    assert plan.bytes_in_flight == plan.bytes_reread * plan.resident_blocks // plan.slabs
+    assert plan.bytes_missed == 0
+    planned = _C.plan("backward", 8, 19, 512 * 1024)
+    part = 1 - L2_REACH / planned.bytes_in_flight
+    assert planned.bytes_missed == pytest.approx(planned.bytes_reread * part, rel=1e-6)
 
 
 def test_a_smaller_l2_costs_bytes():

@@ -37,6 +37,10 @@ void check_launch(cudaError_t error, const char* pass) {
   check_cuda(error, pass);
 }
 
+Device planned_for(const DeviceState& state) {
+  return {state.sm_count, static_cast<double>(state.l2_bytes)};
+}
+
 // Launches what `run(plan, workspace)` launches, on fewer SMs if the device does not hold all the
 // blocks at once: another process may hold a part of it (MPS), or the stream may be given a part of
 // it only (green contexts).
@@ -51,7 +55,7 @@ void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream
     workspace.proposals = proposals->mutable_data_ptr();
   }
   cudaError_t error = cudaErrorUnknown;
-  for (Device device{state.sm_count}; device.sm_count > 0; device.sm_count /= 2) {
+  for (Device device = planned_for(state); device.sm_count > 0; device.sm_count /= 2) {
     const Plan plan = planner(p, device);
     if (const std::int64_t bytes = partials_bytes(p, plan)) {
       partials = new_bytes(x, bytes);
@@ -94,7 +98,7 @@ struct Cuda {
   }
 
   static void inference(const Problem& p, const InferenceParams& params, const Tensor& x) {
-    const Device device{device_state(x.get_device_index()).sm_count};
+    const Device device = planned_for(device_state(x.get_device_index()));
     const int error = launch_inference(p, plan_inference(p, device), params, current_stream(x));
     check_launch(static_cast<cudaError_t>(error), "inference");
   }
@@ -122,7 +126,7 @@ struct Cuda {
 
   static void backward_project(const Problem& p, const BackwardProjectParams& params,
                                const Tensor& x) {
-    const Device device{device_state(x.get_device_index()).sm_count};
+    const Device device = planned_for(device_state(x.get_device_index()));
     const int error =
         launch_backward_project(p, plan_backward_project(p, device), params, current_stream(x));
     check_launch(static_cast<cudaError_t>(error), "backward_project");

@@ -76,7 +76,7 @@ Plan make_plan(Pass pass, const Problem& p, const Device& device) {
 
 LaunchPlan launch_plan(const std::string& pass, std::int64_t batch, std::int64_t channels,
                        std::int64_t spatial, const std::string& layout, const std::string& dtype,
-                       int sm_count, int alignment) {
+                       int sm_count, int alignment, double l2_bytes) {
   LaunchPlan l;
   l.pass = parse("pass", pass, kPasses);
   l.problem.batch = batch;
@@ -86,10 +86,13 @@ LaunchPlan launch_plan(const std::string& pass, std::int64_t batch, std::int64_t
   l.problem.dtype = parse("dtype", dtype, kDTypes);
   l.problem.alignment = alignment;
   l.device.sm_count = sm_count;
+  l.device.l2_bytes = l2_bytes;
   if (batch < 1 || channels < 1 || spatial < 1)
     throw std::invalid_argument("batch, channels and spatial must be at least 1");
   if (sm_count < 1)
     throw std::invalid_argument("sm_count must be at least 1, got " + std::to_string(sm_count));
+  if (!(l2_bytes >= 0))
+    throw std::invalid_argument("l2_bytes must not be negative, got " + std::to_string(l2_bytes));
   if (alignment < size_of(l.problem.dtype) || alignment > 16 ||
       (alignment & (alignment - 1)) != 0) {
     throw std::invalid_argument(
@@ -154,6 +157,18 @@ void define(py::module_& m) {
           },
           "The floor: every tensor of the problem's size crosses the memory bus once.")
       .def_property_readonly(
+          "bytes_reread",
+          [](const LaunchPlan& l) { return bytes_reread(l.problem, l.plan, l.pass); },
+          "Bytes that had to leave the registers and are read a second time, from L2 or memory.")
+      .def_property_readonly(
+          "bytes_in_flight",
+          [](const LaunchPlan& l) { return bytes_in_flight(l.problem, l.plan, l.device, l.pass); },
+          "Those of them that are in work at a time.")
+      .def_property_readonly(
+          "bytes_missed",
+          [](const LaunchPlan& l) { return bytes_missed(l.problem, l.plan, l.device, l.pass); },
+          "Those of them that L2 is not expected to hold any more.")
+      .def_property_readonly(
           "microseconds",
           [](const LaunchPlan& l) { return estimate(l.problem, l.plan, l.device, l.pass); },
           "What the planner expects, to compare plans by: a model of an H200, not a measurement.")
@@ -163,9 +178,9 @@ void define(py::module_& m) {
   m.def("plan", &launch_plan, py::arg("pass_"), py::arg("batch"), py::arg("channels"),
         py::arg("spatial"), py::kw_only(), py::arg("layout") = "channels_first",
         py::arg("dtype") = "float32", py::arg("sm_count") = Device{}.sm_count,
-        py::arg("alignment") = 16,
+        py::arg("alignment") = 16, py::arg("l2_bytes") = Device{}.l2_bytes,
         "The plan of a pass (forward, backward, inference) over x of [batch, channels, spatial] on "
-        "sm_count SMs.");
+        "sm_count SMs with an L2 of l2_bytes.");
 
   m.attr("MAX_THREADS") = kMaxThreads;
   m.attr("MIN_THREADS") = kMinThreads;

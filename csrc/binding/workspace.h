@@ -112,6 +112,7 @@ class ControlPool {
 // destructors.
 struct DeviceState {
   int sm_count = 0;
+  int l2_bytes = 0;
   ControlPool control;
 };
 
@@ -123,6 +124,8 @@ inline DeviceState& device_state(int device) {
   DeviceState& state = (*states)[device];
   if (state.sm_count == 0) {
     check_cuda(cudaDeviceGetAttribute(&state.sm_count, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&state.l2_bytes, cudaDevAttrL2CacheSize, device),
                "cudaDeviceGetAttribute");
   }
   return state;

@@ -54,6 +54,7 @@ BRN_HD constexpr int slots_per_thread(Pass pass, int slot_bytes) {
 
 struct Device {
   int sm_count = 132;
+  double l2_bytes = 60e6;
 };
 
 struct Plan {
@@ -157,15 +158,48 @@ constexpr int widest_slot(const Problem& p) {
   return bytes;
 }
 
+// Bytes that are read a second time. The first round takes the ragged end of a block's share, the
+// last one a full round before it, which stays in registers.
+constexpr std::int64_t bytes_reread(const Problem& p, const Plan& plan, Pass pass) {
+  if (plan.rounds == 1) return 0;
+  const std::int64_t total = positions(p, plan.slot_bytes);
+  const std::int64_t held = plan.positions_per_round();
+  const std::int64_t before = (plan.rounds - 2) * held;
+  const std::int64_t last_share = total - (plan.team - 1) * plan.share;
+  const std::int64_t last_rest = last_share > before ? last_share - before : 0;
+  const std::int64_t again =
+      (plan.team - 1) * (plan.share - held) + last_share - (last_rest < held ? last_rest : held);
+  return (tensors_moved(pass) - 1) * again * (p.elements() / total) * size_of(p.dtype);
+}
+
+// Those of them that are in work at a time. A team of one waits for nobody and has a slab of its
+// own, but only the resident blocks run.
+constexpr std::int64_t bytes_in_flight(const Problem& p, const Plan& plan, const Device& device,
+                                       Pass pass) {
+  const std::int64_t fit = resident_blocks(p, device.sm_count) / plan.team;
+  const std::int64_t at_once = fit < plan.teams ? (fit > 1 ? fit : 1) : plan.teams;
+  return bytes_reread(p, plan, pass) * at_once / plan.slabs;
+}
+
+// Those of them that L2 no longer holds when they are read again, newest first. It is expected to
+// hold 28 of an H200's 60 MB, and the same part of another chip's.
+constexpr std::int64_t bytes_missed(const Problem& p, const Plan& plan, const Device& device,
+                                    Pass pass) {
+  const double in_flight = static_cast<double>(bytes_in_flight(p, plan, device, pass));
+  const double reach = 28.0 / 60.0 * device.l2_bytes;
+  if (in_flight <= reach) return 0;
+  return static_cast<std::int64_t>(static_cast<double>(bytes_reread(p, plan, pass)) *
+                                   (1.0 - reach / in_flight));
+}
+
 // Expected time in microseconds, to compare plans by. A model of an H200, not a measurement; see
 // estimate() for its terms.
 constexpr double estimate(const Problem& p, const Plan& plan, const Device& device, Pass pass) {
   constexpr double kCopy = 4.3e6;  // bytes per us, read and written, whole chip
   constexpr double kCopyOfOneSm =
-      6.0e4;                         // bytes per us that one SM can draw when the others are idle
-  constexpr double kLook2 = 5.5e6;   // bytes per us out of L2
-  constexpr double kL2Reach = 28e6;  // bytes of a re-read that still hit in L2
-  constexpr double kLaunch = 2.0;    // us, fixed cost of a kernel in a graph
+      6.0e4;                        // bytes per us that one SM can draw when the others are idle
+  constexpr double kLook2 = 5.5e6;  // bytes per us out of L2
+  constexpr double kLaunch = 2.0;   // us, fixed cost of a kernel in a graph
   constexpr double kSlabLatency = 1.3;  // us: first load, block reduction, last store
   constexpr double kBarrier = 1.5;      // us: publish, arrive, poll, merge
 
@@ -183,14 +217,12 @@ constexpr double estimate(const Problem& p, const Plan& plan, const Device& devi
            : width >= 32  ? 0.5
                           : 0.25;
 
-  const double read = pass == Pass::kBackward ? 2.0 * bytes : bytes;
-  const double again = plan.rounds > 1 ? read * (plan.rounds - 1) / plan.rounds : 0.0;
-  const double in_flight = read * plan.teams / static_cast<double>(plan.slabs);
+  const double again = static_cast<double>(bytes_reread(p, plan, pass));
+  const double missed = static_cast<double>(bytes_missed(p, plan, device, pass));
   const double last_wave =
       static_cast<double>(plan.waves()) * plan.teams / static_cast<double>(plan.slabs);
   const double stream =
-      (tensors_moved(pass) * bytes / speed + again / (in_flight > kL2Reach ? speed : kLook2)) *
-      last_wave;
+      ((tensors_moved(pass) * bytes + missed) / speed + (again - missed) / kLook2) * last_wave;
 
   if (plan.team == 1 || pass == Pass::kInference) return kLaunch + kSlabLatency + stream;
   // A block that waits leaves its SM to the other blocks there, if they belong to another team and

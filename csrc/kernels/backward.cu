@@ -75,9 +75,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     typename Slot::Bits x_tile[kSlots];
     typename Slot::Bits dy_tile[kSlots];
     SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
-    for (int round = 0; round < plan.rounds; ++round) {
-      const int left = in_range ? walk.left(round) : 0;
-      Cursor cursor = walk.begin(p, round);
+    for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
+      const int left = in_range ? walk.left(piece) : 0;
+      Cursor cursor = walk.begin(p, piece);
       if (round + 1 < plan.rounds) {
         load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, left, cursor, walk);
       } else {
@@ -107,8 +107,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) projected[k] = projections[mine + k];
     for (int round = plan.rounds - 1; round >= 0; --round) {
-      const int left = in_range ? walk.left(round) : 0;
-      Cursor cursor = walk.begin(p, round);
+      const int piece = walk.piece(round);
+      const int left = in_range ? walk.left(piece) : 0;
+      Cursor cursor = walk.begin(p, piece);
       forget_the_way(cursor);
       if (round + 1 < plan.rounds) {
         Cursor again = cursor;

@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     typename Slot::Bits x_tile[kSlots];
     typename Slot::Bits dy_tile[kSlots];
     SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
-    for (int round = 0; round < plan.rounds; ++round) {
-      const int left = in_range ? walk.left(round) : 0;
-      Cursor cursor = walk.begin(p, round);
+    for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
+      const int left = in_range ? walk.left(piece) : 0;
+      Cursor cursor = walk.begin(p, piece);
       load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }

@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 
     typename Slot::Bits tile[kSlots];
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
-    for (int round = 0; round < plan.rounds; ++round) {
-      const int left = in_range ? walk.left(round) : 0;
-      Cursor cursor = walk.begin(p, round);
+    for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
+      const int left = in_range ? walk.left(piece) : 0;
+      Cursor cursor = walk.begin(p, piece);
       load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
       if (round == 0 && thread < channels && channel0 + thread < p.channels)
         pivots[thread] = load_element(x + (kLayout == Layout::kChannelsFirst ? 0 : thread));

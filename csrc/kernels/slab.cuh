@@ -79,18 +79,25 @@ class Walk {
     return kLayout == Layout::kChannelsFirst ? 0 : static_cast<int>(threadIdx.x) % plan_.columns;
   }
 
-  // Positions of the block's share from this thread's first of a round on. Its slot v exists if
+  // Which piece of the share a round takes, where pieces fill the registers and only the last may
+  // be ragged: that one first, so that what stays in registers after all rounds is a full piece. A
+  // loop over rounds carries `piece = round++`, which costs fewer registers than asking each time.
+  __device__ __forceinline__ int piece(int round) const {
+    return (round > 0 ? round : plan_.rounds) - 1;
+  }
+
+  // Positions of the block's share from this thread's first of a piece on. Its slot v exists if
   // has(v, left).
-  __device__ __forceinline__ int left(int round) const {
+  __device__ __forceinline__ int left(int piece) const {
     const std::int64_t share_end = (rank() + std::int64_t{1}) * plan_.share;
     return saturated((share_end < stride_.positions ? share_end : stride_.positions) -
-                     position(round));
+                     position(piece));
   }
   __device__ __forceinline__ bool has(int v, int left) const { return v * stride_.pass < left; }
 
-  // Where the first slot of a round lies.
-  __device__ __forceinline__ Cursor begin(const Problem& p, int round) const {
-    const std::int64_t at = position(round);
+  // Where the first slot of a piece lies.
+  __device__ __forceinline__ Cursor begin(const Problem& p, int piece) const {
+    const std::int64_t at = position(piece);
     if constexpr (kLayout == Layout::kChannelsLast) {
       return {at * p.channels + column() * kLanes, 0};
     } else {
@@ -112,11 +119,11 @@ class Walk {
   }
 
  private:
-  __device__ __forceinline__ std::int64_t position(int round) const {
+  __device__ __forceinline__ std::int64_t position(int piece) const {
     const int row = kLayout == Layout::kChannelsFirst
                         ? static_cast<int>(threadIdx.x)
                         : static_cast<int>(threadIdx.x) / plan_.columns;
-    return rank() * plan_.share + round * (std::int64_t{plan_.slots} * stride_.pass) + row;
+    return rank() * plan_.share + piece * (std::int64_t{plan_.slots} * stride_.pass) + row;
   }
 
   const Plan& plan_;
