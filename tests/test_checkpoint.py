@@ -191,8 +191,8 @@ KINDS = {
     "alternating, reentrant first": (REENTRANT, NOT),
     "selective": (NOT | SELECTIVE,),
     "selective, saves the layer": (NOT | SAVES_THE_LAYER,),
-    "selective, by our helper": (NOT | {"context_fn": checkpoint_context_fn},),
-    "selective, by our helper and a list": (
+    "selective, by checkpoint_context_fn": (NOT | {"context_fn": checkpoint_context_fn},),
+    "selective, by checkpoint_context_fn and a list": (
         NOT | {"context_fn": functools.partial(checkpoint_context_fn, CONVOLUTIONS)},
     ),
 }
