@@ -17,7 +17,7 @@ DTYPES = {
 LAYOUTS = ("nchw", "nhwc")  # channels apart, channels together; volumes and sequences likewise
 
 # Channels, height = width: the normalised maps of ResNet-50.
-_RESNET50 = (
+RESNET50 = (
     (64, 112),
     (64, 56),
     (256, 56),
@@ -31,7 +31,7 @@ _RESNET50 = (
 
 
 def _resnet50(batch: int) -> tuple[Shape, ...]:
-    return tuple((batch, channels, size, size) for channels, size in _RESNET50)
+    return tuple((batch, channels, size, size) for channels, size in RESNET50)
 
 
 SUITES: dict[str, tuple[Shape, ...]] = {

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..suites import RESNET50
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TRAINING_DTYPES = (torch.float32, torch.bfloat16)  # of the cases that are there for their size
 
@@ -419,18 +421,6 @@ INFERENCE = [
     Case("inference, misaligned", (4, 16, 8, 8), "nor here", training=False, form="misaligned"),
 ]
 
-_RESNET50 = [
-    (64, 112),
-    (64, 56),
-    (256, 56),
-    (128, 28),
-    (512, 28),
-    (256, 14),
-    (1024, 14),
-    (512, 7),
-    (2048, 7),
-]
-
 SIZES = [
     Case(
         "256 x 256",
@@ -504,7 +494,7 @@ SIZES = [
             large=(32, c, size, size),
             dtypes=TRAINING_DTYPES,
         )
-        for c, size in _RESNET50
+        for c, size in RESNET50
     ),
     *(
         Case(
@@ -515,7 +505,7 @@ SIZES = [
             form="channels_last",
             dtypes=TRAINING_DTYPES,
         )
-        for c, size in _RESNET50[1::2]
+        for c, size in RESNET50[1::2]
     ),
 ]
 

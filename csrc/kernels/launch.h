@@ -85,13 +85,11 @@ struct BackwardParams {
 
 // A training step that several ranks take together, in four passes and two collectives:
 //
-//   moments           x                 -> this rank's message, which all gather
-//   merge             all messages      -> stats, moving averages and counter, the same on every
-//                                        rank; inference normalises with the stats
-//   backward_sums     dy, x             -> the rank's reductions, which all add up; its own dweight
-//   and
-//                                        dbias
-//   backward_project  dy, x, all sums   -> dx
+//   moments           x -> this rank's message, which all gather
+//   merge             all messages -> stats, moving averages and counter, the same on every rank;
+//                     inference normalises with the stats
+//   backward_sums     dy, x -> the rank's reductions, which all add up, and its own dweight, dbias
+//   backward_project  dy, x, all sums -> dx
 struct MomentsParams {
   const void* x = nullptr;    // T
   double* message = nullptr;  // [message_length(C)], written; see core/ranks.h
