@@ -24,10 +24,7 @@ __device__ __forceinline__ Affine<Real> affine_of(const InferenceParams& params,
                                    static_cast<const Real*>(params.running_std)[c]},
                                   weight, bias);
   }
-  const Real* row = static_cast<const Real*>(params.stats) + c;
-  const ChannelStats<Real> stats = {row[0], row[p.channels], row[2 * p.channels],
-                                    row[3 * p.channels], row[4 * p.channels]};
-  return training_affine(stats, weight, bias);
+  return training_affine(stats_of<Real>(params.stats, p.channels, c), weight, bias);
 }
 
 template <typename T, Layout kLayout, int kSlotBytes>

@@ -27,13 +27,6 @@ __device__ __forceinline__ Centre<Real> centre_of(const void* stats, std::int64_
   return {row[0], row[channels]};
 }
 
-template <typename Real>
-__device__ __forceinline__ ChannelStats<Real> stats_of(const void* stats, std::int64_t channels,
-                                                       int c) {
-  const Real* row = static_cast<const Real*>(stats) + c;
-  return {row[0], row[channels], row[2 * channels], row[3 * channels], row[4 * channels]};
-}
-
 template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels>
 __device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
     typename Slot::Bits (&x_tile)[kSlots], typename Slot::Bits (&dy_tile)[kSlots],

@@ -1,6 +1,7 @@
 // A tile: the slots of one thread and one round, packed in registers.
 #pragma once
 
+#include "../core/math.h"
 #include "slab.cuh"
 #include "vector.cuh"
 
@@ -45,6 +46,14 @@ __device__ __forceinline__ void load_tiles(typename Slot::Bits (&a_tile)[kSlots]
 template <typename Real>
 __device__ __forceinline__ Real load_channel(const void* tensor, int channel, Real missing) {
   return tensor ? static_cast<const Real*>(tensor)[channel] : missing;
+}
+
+// Column c of the [kStatRows][C] tensor.
+template <typename Real>
+__device__ __forceinline__ ChannelStats<Real> stats_of(const void* stats, std::int64_t channels,
+                                                       int c) {
+  const Real* row = static_cast<const Real*>(stats) + c;
+  return {row[0], row[channels], row[2 * channels], row[3 * channels], row[4 * channels]};
 }
 
 }  // namespace brn
