@@ -147,7 +147,7 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 class Buffer:
     """Memory of exactly the wanted alignment, between two guard zones."""
 
-    ZONE = 256
+    ZONE = 256  # bytes
     PATTERN = 0xA5
 
     def __init__(self, library: ctypes.CDLL, size: int, alignment: int):
