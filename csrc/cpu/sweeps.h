@@ -11,6 +11,7 @@
 #include "narrow.h"
 
 #include <cstdint>
+#include <type_traits>
 
 namespace brn::cpu {
 namespace {
@@ -21,25 +22,36 @@ struct Entries {
 
   static bool is_narrow(const Part& part) { return part.width < kLanes<T>; }
 
+  // Calls f(w, along) for the channels of a part of kChannelsFirst, where `along` is constant.
+  template <typename F>
+  static void for_each_channel(const Part& part, F f) {
+    if (is_fetched_along<T>(part)) {
+      for (std::int64_t w = 0; w < part.width; ++w) f(w, std::true_type{});
+    } else {
+      for (std::int64_t w = 0; w < part.width; ++w) f(w, std::false_type{});
+    }
+  }
+
   static void pivots(const Part& part, const T* x, Real* pivot) {
     if (part.layout == Layout::kChannelsFirst || is_narrow(part)) {
       const std::int64_t stride = part.layout == Layout::kChannelsFirst ? part.plane : 1;
       for (std::int64_t w = 0; w < part.width; ++w) pivot[w] = to_real(x[part.first + w * stride]);
     } else {
-      for_each_stretch<T>(rows_of(part), [&](std::int64_t column, std::int64_t end) BRN_INLINED {
-        for (std::int64_t c = column; c < end; c += kLanes<T>)
-          store_reals<T>(pivot + c, load(x + part.first + c));
-      });
+      const std::int64_t last = part.width - kLanes<T>;
+      for (std::int64_t c = 0; c < last; c += kLanes<T>) {
+        store_reals<T>(pivot + c, load(x + part.first + c));
+      }
+      store_reals<T>(pivot + last, load(x + part.first + last));
     }
   }
 
   static void moments(const Part& part, const T* x, const Real* pivot, Real* mean, Real* m2) {
     if (part.layout == Layout::kChannelsFirst) {
-      for (std::int64_t w = 0; w < part.width; ++w) {
-        const SharedMoments<Real, Real> moments = channel_moments(part, w, x, pivot[w]);
+      for_each_channel(part, [&](std::int64_t w, auto along) BRN_INLINED {
+        const auto moments = channel_moments<along>(part, w, x, pivot[w]);
         mean[w] = moments.mean;
         m2[w] = moments.m2;
-      }
+      });
     } else {
       is_narrow(part) ? narrow_moments(rows_of(part), x, pivot, mean, m2)
                       : wide_moments(rows_of(part), x, pivot, mean, m2);
@@ -49,7 +61,9 @@ struct Entries {
   static void sums(const Part& part, const T* dy, const T* x, const Real* centres,
                    const SumRows<Real>& out) {
     if (part.layout == Layout::kChannelsFirst) {
-      for (std::int64_t w = 0; w < part.width; ++w) channel_sums(part, w, dy, x, centres, out);
+      for_each_channel(part, [&](std::int64_t w, auto along) BRN_INLINED {
+        channel_sums<along>(part, w, dy, x, centres, out);
+      });
     } else {
       is_narrow(part) ? narrow_sums(rows_of(part), dy, x, centres, out)
                       : wide_sums(rows_of(part), dy, x, centres, out);
@@ -58,7 +72,8 @@ struct Entries {
 
   static void normalise(const Part& part, const T* x, const Affines<Real>& a, T* y) {
     if (part.layout == Layout::kChannelsFirst) {
-      for (std::int64_t w = 0; w < part.width; ++w) channel_normalise(part, w, x, a, y);
+      for_each_channel(part, [&](std::int64_t w, auto along)
+                                 BRN_INLINED { channel_normalise<along>(part, w, x, a, y); });
     } else {
       is_narrow(part) ? narrow_normalise(rows_of(part), x, a, y)
                       : wide_normalise(rows_of(part), x, a, y);
@@ -68,7 +83,9 @@ struct Entries {
   static void project(const Part& part, const T* dy, const T* x, const Real* centres,
                       const Projections<Real>& p, T* dx) {
     if (part.layout == Layout::kChannelsFirst) {
-      for (std::int64_t w = 0; w < part.width; ++w) channel_project(part, w, dy, x, centres, p, dx);
+      for_each_channel(part, [&](std::int64_t w, auto along) BRN_INLINED {
+        channel_project<along>(part, w, dy, x, centres, p, dx);
+      });
     } else {
       is_narrow(part) ? narrow_project(rows_of(part), dy, x, centres, p, dx)
                       : wide_project(rows_of(part), dy, x, centres, p, dx);
