@@ -122,6 +122,33 @@ def test_the_normalisation_alone_gives_the_same_bits(case, dtype):
     assert torch.equal(ops.renormalize(t.x, t.weight, t.bias, stats), y)
 
 
+# Outputs of more than 32 MB go past the caches, in whole aligned vectors.
+@BOTH_LAYOUTS
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((9, 32, 176, 176), id="aligned planes and rows"),
+        pytest.param((9, 32, 175, 177), id="planes that begin anywhere"),
+        pytest.param((9, 37, 160, 168), id="rows that begin anywhere"),
+        pytest.param((9, 3, 640, 512), id="rows narrower than a vector"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_output_has_the_bits_of_its_pieces(dtype, shape, form):
+    large = (*shape[:1], shape[1] * torch.float32.itemsize // dtype.itemsize, *shape[2:])
+    t = tensors.make(Case("", large, "", form=form), dtype, CPU)
+    assert t.x.nbytes > 2**25 > t.x[:3].nbytes
+    still = (t.weight, t.bias, t.running_mean, t.running_std)
+    y = ops.inference(t.x, *still)
+    dy = torch.empty_like(t.x).copy_(t.dy)
+    dx, _, _ = ops.inference_backward(dy, t.x, t.weight, *still[2:])
+    for begin in range(0, 9, 3):
+        x_part, dy_part = t.x[begin : begin + 3], dy[begin : begin + 3]
+        assert torch.equal(y[begin : begin + 3], ops.inference(x_part, *still))
+        dx_part, _, _ = ops.inference_backward(dy_part, x_part, t.weight, *still[2:])
+        assert torch.equal(dx[begin : begin + 3], dx_part)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_half_is_read_and_written_as_it_is(dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)

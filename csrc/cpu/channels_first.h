@@ -237,9 +237,14 @@ BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
       if constexpr (kAlong) fetch<true>(y + i + part.stride);
       store(y + i, apply(affine, load(x + i)));
     };
+    const auto streamed = [&](std::int64_t i)
+                              BRN_INLINED { stream(y + i, apply(affine, load(x + i))); };
     const auto rest = [&](std::int64_t i, std::int64_t n) {
       store_first(y + i, apply(affine, load_first(x + i, n)), n);
     };
+    if (part.streamed && is_aligned(y + at, length)) {
+      return cover<T>(at, length, streamed, rest);
+    }
     fetch_neighbour<true>(part, y + at);
     cover<T>(at, length, whole, rest);
   };
@@ -257,10 +262,16 @@ BRN_LANES void channel_project(const Part& part, std::int64_t w, const T* dy, co
       if constexpr (kAlong) fetch<true>(dx + i + part.stride);
       store(dx + i, apply(projection, load(dy + i), load(x + i) - centre));
     };
+    const auto streamed = [&](std::int64_t i) BRN_INLINED {
+      stream(dx + i, apply(projection, load(dy + i), load(x + i) - centre));
+    };
     const auto rest = [&](std::int64_t i, std::int64_t n) {
       const Lanes<T> x_minus_centre = load_first(x + i, n) - centre;
       store_first(dx + i, apply(projection, load_first(dy + i, n), x_minus_centre), n);
     };
+    if (part.streamed && is_aligned(dx + at, length)) {
+      return cover<T>(at, length, streamed, rest);
+    }
     fetch_neighbour<true>(part, dx + at);
     cover<T>(at, length, whole, rest);
   };

@@ -18,10 +18,12 @@ struct Rows {
   std::int64_t count;
   std::int64_t stride;
   std::int64_t width;
+  bool streamed;
 };
 
 BRN_LANES Rows rows_of(const Part& part) {
-  return {part.first + part.begin * part.stride, part.end - part.begin, part.stride, part.width};
+  return {part.first + part.begin * part.stride, part.end - part.begin, part.stride, part.width,
+          part.streamed};
 }
 
 constexpr int kRows = 8;  // of a tile, at most
@@ -196,13 +198,20 @@ BRN_LANES void for_each_vector(const Rows& rows, F f) {
 template <typename T>
 void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T* y) {
   const Ahead<T> ahead(rows);
+  const bool streamed =
+      rows.streamed && rows.width % kLanes<T> == 0 && is_aligned(y + rows.first, rows.stride);
   const auto normalise = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
     const CentredAffine<Lanes<T>> affine{load_reals<T>(a.centre + c), load_reals<T>(a.scale + c),
                                          load_reals<T>(a.shift + c)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
       fetch(x + at + ahead.elements);
-      if (ahead.written) fetch<true>(y + at + ahead.elements);
-      store(y + at, apply(affine, load(x + at)));
+      const Lanes<T> made = apply(affine, load(x + at));
+      if (streamed) {
+        stream(y + at, made);
+      } else {
+        if (ahead.written) fetch<true>(y + at + ahead.elements);
+        store(y + at, made);
+      }
     }
   };
   for_each_vector<T>(rows, normalise);
@@ -212,6 +221,8 @@ template <typename T>
 void wide_project(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                   const Projections<RealOf<T>>& p, T* dx) {
   const Ahead<T> ahead(rows);
+  const bool streamed =
+      rows.streamed && rows.width % kLanes<T> == 0 && is_aligned(dx + rows.first, rows.stride);
   const auto project = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
     const Lanes<T> centre = load_reals<T>(centres + c);
     const Projection<Lanes<T>> projection{load_reals<T>(p.mean_g + c), load_reals<T>(p.slope + c),
@@ -219,8 +230,13 @@ void wide_project(const Rows& rows, const T* dy, const T* x, const RealOf<T>* ce
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
       fetch(dy + at + ahead.elements);
       fetch(x + at + ahead.elements);
-      if (ahead.written) fetch<true>(dx + at + ahead.elements);
-      store(dx + at, apply(projection, load(dy + at), load(x + at) - centre));
+      const Lanes<T> made = apply(projection, load(dy + at), load(x + at) - centre);
+      if (streamed) {
+        stream(dx + at, made);
+      } else {
+        if (ahead.written) fetch<true>(dx + at + ahead.elements);
+        store(dx + at, made);
+      }
     }
   };
   for_each_vector<T>(rows, project);

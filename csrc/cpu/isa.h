@@ -24,6 +24,7 @@ struct Part {
   std::int64_t stride;   // elements from plane to plane, or in kChannelsLast from row to row
   std::int64_t begin;
   std::int64_t end;
+  bool streamed;  // what is written goes past the caches, which are smaller
 };
 
 // Parameters of `width` channels, as a struct of arrays.

@@ -7,6 +7,7 @@
 
 #include "element.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -57,6 +58,28 @@ BRN_LANES void fetch(const T* line) {
   __builtin_prefetch(line, kToWrite, 2);
 }
 
+// To an aligned address, past the caches. Not in order with other writes: see finish_streams().
+template <typename V>
+BRN_LANES void stream_vector(void* to, V v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, static_cast<V*>(to));
+#elif defined(__x86_64__)
+  const auto floats = bits_of<Vector<float>>(v);
+#if BRN_VECTOR_BYTES == 64
+  __builtin_ia32_movntps512(static_cast<float*>(to), floats);
+#elif BRN_VECTOR_BYTES == 32
+  __builtin_ia32_movntps256(static_cast<float*>(to), floats);
+#else
+  __builtin_ia32_movntps(static_cast<float*>(to), floats);
+#endif
+#else
+  store_vector(to, v);
+#endif
+}
+
+// Before another thread may look at what was streamed.
+BRN_LANES void finish_streams() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
 // One vector's bytes of elements T, as Reals. Of 16-bit elements, that is two vectors: the elements
 // at even places and those at odd ones, which come out of a 32-bit word by a shift or a mask.
 template <typename T>
@@ -101,9 +124,10 @@ template <typename T>
 BRN_LANES Lanes<T> load(const T* x) {
   return {{load_vector<Vector<T>>(x)}};
 }
+// A vector of elements.
 template <typename T>
-BRN_LANES void store(T* y, Lanes<T> lanes) {
-  store_vector(y, lanes.v[0]);
+BRN_LANES auto packed(Lanes<T> lanes) {
+  return lanes.v[0];
 }
 
 BRN_LANES Lanes<BFloat16> load(const BFloat16* x) {
@@ -118,8 +142,8 @@ BRN_LANES Words upper_bfloat16(Vector<float> v) {
   return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : Words{} + 0x7fc00000u;
 }
 
-BRN_LANES void store(BFloat16* y, Lanes<BFloat16> lanes) {
-  store_vector(y, (upper_bfloat16(lanes.v[0]) >> 16) | (upper_bfloat16(lanes.v[1]) & 0xffff0000u));
+BRN_LANES Words packed(Lanes<BFloat16> lanes) {
+  return (upper_bfloat16(lanes.v[0]) >> 16) | (upper_bfloat16(lanes.v[1]) & 0xffff0000u);
 }
 
 // From the upper half of each word. The exponent is rebased by a multiplication, which is exact and
@@ -149,8 +173,23 @@ BRN_LANES Words lower_half(Vector<float> v) {
   return bits_of<Words>(v == v ? rounded : SignedWords{} + 0x7e00) | ((bits >> 16) & 0x8000u);
 }
 
-BRN_LANES void store(Half* y, Lanes<Half> lanes) {
-  store_vector(y, lower_half(lanes.v[0]) | (lower_half(lanes.v[1]) << 16));
+BRN_LANES Words packed(Lanes<Half> lanes) {
+  return lower_half(lanes.v[0]) | (lower_half(lanes.v[1]) << 16);
+}
+
+template <typename T>
+BRN_LANES void store(T* y, Lanes<T> lanes) {
+  store_vector(y, packed(lanes));
+}
+template <typename T>
+BRN_LANES void stream(T* y, Lanes<T> lanes) {
+  stream_vector(y, packed(lanes));
+}
+// Whether vectors from y on, and from `stride` elements further on, are aligned.
+template <typename T>
+BRN_LANES bool is_aligned(const T* y, std::int64_t stride) {
+  const auto bytes = static_cast<std::uintptr_t>(stride) * sizeof(T);
+  return (reinterpret_cast<std::uintptr_t>(y) | bytes) % BRN_VECTOR_BYTES == 0;
 }
 
 BRN_LANES float to_real(float x) { return x; }

@@ -26,12 +26,12 @@ struct Narrow {
 
   BRN_LANES explicit Narrow(const Rows& rows) : width(rows.width), fold(kLanes<T>) {
     while (fold % 2 == 0 && width * (fold / 2) % kLanes<T> == 0) fold /= 2;
-    wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold};
+    wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold, rows.streamed};
     if (wide.width > kMost) __builtin_unreachable();
     rest = rows.count % fold * rows.width;
     rest_at = wide.first + wide.count * wide.stride;
   }
-  BRN_LANES Rows rest_row() const { return {0, 1, wide.width, wide.width}; }
+  BRN_LANES Rows rest_row() const { return {0, 1, wide.width, wide.width, false}; }
 
   // The parameters of a wide row.
   BRN_LANES const Real* widen(const Real* values, Real* repeated) const {

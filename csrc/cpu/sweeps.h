@@ -78,6 +78,7 @@ struct Entries {
       is_narrow(part) ? narrow_normalise(rows_of(part), x, a, y)
                       : wide_normalise(rows_of(part), x, a, y);
     }
+    if (part.streamed) finish_streams();
   }
 
   static void project(const Part& part, const T* dy, const T* x, const Real* centres,
@@ -90,6 +91,7 @@ struct Entries {
       is_narrow(part) ? narrow_project(rows_of(part), dy, x, centres, p, dx)
                       : wide_project(rows_of(part), dy, x, centres, p, dx);
     }
+    if (part.streamed) finish_streams();
   }
 
   static constexpr Sweeps<T> sweeps() { return {pivots, moments, sums, normalise, project}; }
