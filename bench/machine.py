@@ -38,6 +38,14 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _allocator() -> str:
+    """What the environment changes about memory for outputs, which beyond 32 MB decides."""
+    names = ["GLIBC_TUNABLES", *sorted(name for name in os.environ if name.startswith("MALLOC_"))]
+    found = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    preloaded = re.split(r"[\s:]+", os.environ.get("LD_PRELOAD", ""))
+    return " ".join([*filter(None, (Path(path).name for path in preloaded)), *found])
+
+
 def header(device: torch.device) -> dict[str, str | int]:
     """Chip, driver, versions, commit."""
     found: dict[str, str | int] = {
@@ -66,6 +74,7 @@ def header(device: torch.device) -> dict[str, str | int]:
         }
     else:
         found["chip"] = found["processor"]
+        found["allocator"] = _allocator()
     return found
 
 
@@ -96,7 +105,11 @@ def text(
         ]
         first += [f"CUDA {head['cuda']}", f"cuDNN {head['cudnn']}"]
     else:
-        first += [f"{head['cores']} cores", str(head["capability"])]
+        first += [
+            f"{head['cores']} cores",
+            str(head["capability"]),
+            *filter(None, [head["allocator"]]),
+        ]
     second = [f"torch {head['torch']}", f"Python {head['python']}", f"commit {head['commit']}"]
     copies = _speeds(roofs, head["device"] == "cpu")
     roof = f"a copy reaches {copies}, read and written: the roof below"

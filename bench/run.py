@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", type=_list_of(list(shapes.SUITES)), help="default: resnet50, or cpu")
     p.add_argument("--dtype", type=_list_of(list(shapes.DTYPES)), help="default: all but float64")
     p.add_argument("--layout", type=_list_of(shapes.LAYOUTS), default=list(shapes.LAYOUTS))
+    p.add_argument("--at-least", type=float, default=0.0, metavar="MB", help="of one tensor")
     p.add_argument("--op", type=_list_of(OPS), default=list(OPS))
     p.add_argument("--providers", type=_list_of(list(providers.PROVIDERS)), default=None)
     p.add_argument("--threads", type=lambda t: [int(n) for n in t.split(",")], help="CPU: 1,2")
@@ -136,6 +137,8 @@ def settings(args: argparse.Namespace, device: torch.device) -> Iterator[Setting
         hots = temperatures[args.hot or ("both" if suite == "rl" else "no")]
         threads = args.threads if device.type == "cpu" else [None]
         for problem in shapes.problems(suite, args.dtype, args.layout, args.quick):
+            if problem.tensor_bytes < args.at_least * 1e6:
+                continue
             for op, hot, n in itertools.product(args.op, hots, threads):
                 yield Setting(suite, problem, op, hot, n)
 

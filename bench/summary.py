@@ -1,6 +1,6 @@
 """What a run says in a few lines: ratios to F.batch_norm over all shapes, as a Markdown table.
 
-    python -m bench.summary bench/results/cpu/cpu.json
+python -m bench.summary bench/results/cpu/cpu.json
 """
 
 from __future__ import annotations
