@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from .autograd import (
     apply_inference,
     apply_recorded_training,
     apply_training,
+    wants_gradient,
 )
 from .clipping import counting
+from .repeats import InferenceRepeat, TrainingRepeat, seen_to
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_jit_tracing = torch._C._is_tracing
@@ -128,14 +131,6 @@ def _wide(t: Tensor | None, x: Tensor) -> Tensor | None:
     return t.to(_ops.statistic_dtype(x.dtype))
 
 
-def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-
-
 def _trained(
     x: Tensor,
     weight: Tensor | None,
@@ -147,29 +142,65 @@ def _trained(
         return _portable(x, weight, bias, True, step)
     if x.size(0) == 1 and x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
-    running_mean = step[0]
-    known = keep = None
-    if running_mean is not None and checkpoint.may_repeat():
-        known, keep = checkpoint.repetition(running_mean)
-    if clipping is not None and known is None:
+    if step[0] is None:
+        return _step(x, weight, bias, step, None, None)
+    if checkpoint.may_repeat():
+        return _repeatable(x, weight, bias, True, step, clipping)
+    return _step(x, weight, bias, step, clipping, None)
+
+
+def _step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: tuple,
+    clipping: Tensor | None,
+    keep: Callable[[Tensor], None] | None,
+) -> Tensor:
+    if clipping is not None:
         keep = counting(clipping, step, keep)
-    if _wants_gradient(x, weight, bias):
-        if known is None and keep is None:
+    if wants_gradient(x, weight, bias):
+        if keep is None:
             y = apply_training(x, weight, bias, step)
         else:
-            y = apply_recorded_training(x, weight, bias, step, known, keep)
-    elif known is None:
+            y = apply_recorded_training(x, weight, bias, step, keep)
+    else:
         y, stats = _ops.forward(x, weight, bias, *step)
         if keep is not None:
             keep(stats)
-    else:
-        y = _ops.renormalize(x, weight, bias, known)
-        if keep is not None:
-            keep(known)
-    if running_mean is not None:
+    if step[0] is not None:
         # Autograd's own check that what inference has saved for its backward is still what it was.
         increment_version(step[:2])
     return y
+
+
+def _repeatable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    step: tuple,
+    clipping: Tensor | None,
+) -> Tensor:
+    """Where this forward may run again, or is doing so: then it does what it did the first time,
+    whatever the layer's mode is by now."""
+    running_mean, running_std, _, _, _, eps, *_ = step
+    known, keep = checkpoint.repetition(running_mean)
+    with seen_to():
+        if known is not None:
+            if keep is not None:
+                keep(known)
+            return known(x, weight, bias)
+        if not training:
+            if keep is not None:
+                keep(InferenceRepeat.by(running_mean, running_std))
+            return _inference(x, weight, bias, running_mean, running_std)
+        checkpoint.warn_of_new_step()
+        if keep is None:
+            return _step(x, weight, bias, step, clipping, None)
+        return _step(
+            x, weight, bias, step, clipping, lambda stats: keep(TrainingRepeat(stats, eps))
+        )
 
 
 def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
@@ -179,9 +210,20 @@ def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple
         check_arguments(x, weight, bias, False, *step[:8])
     if _is_jit_tracing():
         return _portable(x, weight, bias, False, step)
-    if _wants_gradient(x, weight, bias):
-        return apply_inference(x, weight, bias, running_mean, running_std)
-    return _ops.inference(x, weight, bias, running_mean, running_std)
+    if checkpoint.may_repeat():
+        return _repeatable(x, weight, bias, False, step, None)
+    return _inference(x, weight, bias, running_mean, running_std)
+
+
+def _inference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_std: Tensor,
+) -> Tensor:
+    forward = apply_inference if wants_gradient(x, weight, bias) else _ops.inference
+    return forward(x, weight, bias, running_mean, running_std)
 
 
 def _transformed(
@@ -199,7 +241,6 @@ def _transformed(
         return TransformableInference.apply(x, weight, bias, step[0], step[1])
     if x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
-    checkpoint.warn_of_new_step()
     return TransformableTraining.apply(x, weight, bias, *step)[0]
 
 
@@ -226,9 +267,12 @@ def _traced(
         )
     if not training:
         return Inference.apply(x, weight, bias, step[0], step[1])
-    if clipping is None:
-        return Training.apply(x, weight, bias, step)
-    return RecordedTraining.apply(x, weight, bias, step, None, counting(clipping, step, None))
+    if clipping is not None:
+        return RecordedTraining.apply(x, weight, bias, step, counting(clipping, step, None))
+    if step[0] is not None and not torch.is_grad_enabled():
+        # The first run of a reentrant checkpoint is without gradients, and to be written down.
+        return _training_step(x, weight, bias, *step)
+    return Training.apply(x, weight, bias, step)
 
 
 def _portable(
@@ -248,7 +292,8 @@ def _portable(
 
 
 # What torch.export records of a training step: the forward operator with its gradient, so that an
-# exported model can be trained. Not what everyone calls, as a kernel in Python costs 10 us.
+# exported model can be trained. And what torch.compile runs without gradients. Not what everyone
+# calls, as a kernel in Python costs 10 us.
 _library = torch.library.Library("batchrenorm", "FRAGMENT")
 _library.define(
     str(_ops.forward._schema).replace("batchrenorm::forward", "training_step").split(" -> ")[0]
@@ -259,6 +304,8 @@ _training_step = torch.ops.batchrenorm.training_step.default
 
 @torch.library.impl(_library, "training_step", "CompositeExplicitAutograd")
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+    if type(x) is Tensor:
+        return _trained(x, weight, bias, step)
     return _ops.forward(x, weight, bias, *step)[0]
 
 
@@ -266,7 +313,7 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tens
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
     if type(x) is Tensor:
         return _trained(x, weight, bias, step)
-    if _wants_gradient(x, weight, bias):  # traced, by AOTAutograd
+    if wants_gradient(x, weight, bias):  # traced, by AOTAutograd
         return Training.apply(x, weight, bias, step)
     with torch._C._AutoDispatchBelowAutograd():
         return _training_step(x, weight, bias, *step)

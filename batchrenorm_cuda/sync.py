@@ -10,6 +10,7 @@ sum(dy * (x - mean)) are added up in one all_reduce, float64 [2, C].
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from torch.fx import Proxy
 
 from . import _ops, checkpoint
 from .arguments import check_arguments
-from .autograd import Gradients
+from .autograd import Gradients, wants_gradient
 from .clipping import counting
-from .functional import _transforms_are_active, _wants_gradient, _wide
+from .functional import _transforms_are_active, _wide
 from .lazy import _LazyBatchRenorm
 from .modules import _BatchRenorm
 from .schedule import RenormSchedule
@@ -102,6 +103,25 @@ def _merged(x: Tensor, step: tuple, group: Any, world: int, wants: bool) -> tupl
     return _ops.merge(gathered.view(world, -1), x.dtype, *step)
 
 
+@dataclass(frozen=True)
+class SyncRepeat:
+    """y of a training step whose statistics have been merged, the first time and again."""
+
+    stats: Tensor
+    total: Tensor
+    group: Any
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        anchor = None
+        wants = wants_gradient(x, weight, bias)
+        # Reads the total on the host, but only where nothing here needs a gradient.
+        if torch.is_grad_enabled() and not wants and self.total[1].item() > 0:
+            anchor = x.new_empty(0, requires_grad=True)
+        if not wants and anchor is None:
+            return _ops.renormalize(x, weight, bias, self.stats)
+        return SyncTraining.apply(x, weight, bias, anchor, self.stats, self.total, self.group)
+
+
 @torch._disable_dynamo
 def _trained(
     x: Tensor,
@@ -126,28 +146,25 @@ def _trained(
     check_arguments(x, weight, bias, True, *step[:8], synchronised=True)
     weight, bias = _wide(weight, x), _wide(bias, x)
     running_mean, running_std, *_ = step
-    known = keep = None
+    keep = None
     if running_mean is not None and checkpoint.may_repeat():
         known, keep = checkpoint.repetition(running_mean)
-    wants = _wants_gradient(x, weight, bias)
-    if known is None:
-        count = None if clipping is None else counting(clipping, step, None)
-        with torch.no_grad():
-            known = _merged(x, step, group, world, wants)
-        if count is not None:
-            count(known[0])
+        if known is not None:
+            if keep is not None:
+                keep(known)
+            return known(x, weight, bias)
+        checkpoint.warn_of_new_step()
+    count = None if clipping is None else counting(clipping, step, None)
+    with torch.no_grad():
+        merged = _merged(x, step, group, world, wants_gradient(x, weight, bias))
+    if count is not None:
+        count(merged[0])
+    repeat = SyncRepeat(*merged, group)
     if keep is not None:
-        keep(known)
-    stats, total = known
+        keep(repeat)
     if running_mean is not None:
         increment_version((running_mean, running_std))
-    anchor = None
-    # Reads the total on the host, but only where nothing here needs a gradient.
-    if torch.is_grad_enabled() and not wants and total[1].item() > 0:
-        anchor = x.new_empty(0, requires_grad=True)
-    if not wants and anchor is None:
-        return _ops.renormalize(x, weight, bias, stats)
-    return SyncTraining.apply(x, weight, bias, anchor, stats, total, group)
+    return repeat(x, weight, bias)
 
 
 class SyncBatchRenorm(_BatchRenorm):
