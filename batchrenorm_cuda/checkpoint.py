@@ -44,13 +44,17 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
+
+from . import _C
 
 _OWN_FUNCTIONS = f"{__package__}.autograd"
 _OF_TORCH = "torch._functorch", "torch._dynamo", "torch._higher_order_ops"
 _graph_task = torch._C._current_graph_task_id
 # Off in the forward of every autograd.Function, which is faster to see than the Function.
 _forward_mode = torch._C._is_fwd_grad_enabled
+_inference_mode = torch.is_inference_mode_enabled
 _autograd = torch._C._autograd
 _top_hooks = _autograd._top_saved_tensors_default_hooks
 _Frame = getattr(checkpoint, "_CheckpointFrame", ())
@@ -231,14 +235,30 @@ def checkpoint_context_fn(
     return checkpoint.create_selective_checkpoint_contexts(rule, allow_cache_entry_mutation)
 
 
+def _hooks_are_legible() -> bool:
+    """Whether _C sees saved-tensor hooks come and go."""
+    before = _top_hooks(True) is not None
+    try:
+        with saved_tensors_hooks(lambda t: t, lambda t: t):
+            inside = _C.under_saved_tensor_hooks()
+    except RuntimeError:  # hooks may be forbidden
+        return False
+    return inside and _C.under_saved_tensor_hooks() == before
+
+
+def _may_repeat_seen_from_python() -> bool:
+    return _graph_task() != -1 or _top_hooks(False) is not None
+
+
+_legible = _hooks_are_legible()
+_C.trust_saved_tensor_hooks(_legible)
+_may_repeat = _C.may_repeat if _legible else _may_repeat_seen_from_python
+
+
 def may_repeat() -> bool:
-    """Whether a forward may run again in a backward pass, or is doing so now. Takes 0.2 us; false
+    """Whether a forward may run again in a backward pass, or is doing so now. Takes 0.1 us; false
     in ordinary training and inference."""
-    return (
-        _graph_task() != -1
-        or _top_hooks(False) is not None
-        or not (_forward_mode() or torch.is_inference_mode_enabled())
-    )
+    return _may_repeat() or not (_forward_mode() or _inference_mode())
 
 
 def warn_of_new_step() -> None:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _C, _ops, checkpoint
+from . import _ops, checkpoint
 from .autograd import apply_inference, apply_repeated_training, wants_gradient
 
 
@@ -151,18 +150,3 @@ def _(running_mean: Tensor, running_std: Tensor, stats: Tensor | None, eps: floa
 torch.utils.checkpoint.SAC_IGNORED_OPS.update(
     (torch.ops.batchrenorm.recall.default, torch.ops.batchrenorm.record.default)
 )
-
-
-def _hooks_are_legible() -> bool:
-    """Whether the operators see saved-tensor hooks come and go."""
-    hooks: Callable[[], bool] = _C.under_saved_tensor_hooks
-    before = checkpoint._top_hooks(True) is not None
-    try:
-        with saved_tensors_hooks(lambda t: t, lambda t: t):
-            inside = hooks()
-    except RuntimeError:  # hooks may be forbidden
-        return False
-    return inside and hooks() == before
-
-
-_C.trust_saved_tensor_hooks(_hooks_are_legible())

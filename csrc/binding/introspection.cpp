@@ -183,13 +183,14 @@ void define(py::module_& m) {
         "The plan of a pass (forward, backward, inference) over x of [batch, channels, spatial] on "
         "sm_count SMs with an L2 of l2_bytes.");
 
-  m.def("inside_backward", &binding::inside_backward,
-        "Whether this thread is in a backward pass, as the operators see it.");
+  m.def("may_repeat", &binding::may_repeat,
+        "Whether this thread is in a backward pass or under saved-tensor hooks, as the operators "
+        "see it.");
   m.def("under_saved_tensor_hooks", &binding::under_saved_tensor_hooks,
-        "Whether saved-tensor hooks are in force in this thread, as the operators see it.");
+        "Whether this thread is under saved-tensor hooks, if they are where they were.");
   m.def(
       "trust_saved_tensor_hooks", [](bool legible) { binding::hooks_are_legible = legible; },
-      py::arg("legible"), "Whether operators may go by under_saved_tensor_hooks.");
+      py::arg("legible"), "Whether may_repeat may go by under_saved_tensor_hooks.");
 
   m.attr("MAX_THREADS") = kMaxThreads;
   m.attr("MIN_THREADS") = kMinThreads;

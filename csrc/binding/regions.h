@@ -1,7 +1,7 @@
 // Whether a forward runs where activation checkpointing may run it again, or is doing so: inside a
 // backward pass, or under saved-tensor hooks. Both are thread-local in libtorch, which says so to
 // Python and in C++ but not through its stable ABI. So its two functions are weak here: without
-// them, or with hooks that are kept in another way, which batchrenorm_cuda/repeats.py finds out,
+// them, or with hooks that are kept in another way, which batchrenorm_cuda/checkpoint.py finds out,
 // the answer is no.
 #pragma once
 
@@ -24,7 +24,7 @@ inline bool hooks_are_legible = false;
 
 inline bool under_saved_tensor_hooks() {
   using Pair = std::array<void*, 4>;  // each hook with its interpreter
-  if (!brn_saved_tensor_hooks) return false;
+  if (!brn_saved_tensor_hooks || !brn_graph_task) return false;
   return !static_cast<const std::deque<Pair>*>(brn_saved_tensor_hooks())->empty();
 }
 
