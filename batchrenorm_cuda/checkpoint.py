@@ -38,6 +38,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -205,8 +206,8 @@ def checkpoint_context_fn(
     is saved too: context_fn=functools.partial(checkpoint_context_fn, policy).
 
     Where the checkpoint itself is not compiled, repetitions are recognised without it, of every
-    kind of checkpointing and also of compiled code, and only [5, C] numbers are kept; it does no
-    harm there.
+    kind of checkpointing and also of compiled code, and only [5, C] numbers are kept. Then it saves
+    what the policy saves except for the layers, whose outputs compiled code may overwrite.
 
     Args:
         policy: list of operators to save, or function of context, operator and arguments, as
@@ -216,22 +217,24 @@ def checkpoint_context_fn(
     Returns:
         Two contexts, for the first forward and for its repetition.
     """
-    ours = torch.ops.batchrenorm.forward.default
-    if policy is None:
-        policy = []
-    if isinstance(policy, list):
-        rule: Any = [*policy, ours]
-    elif callable(policy):
-
-        def rule(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-            if op is ours:
-                return checkpoint.CheckpointPolicy.MUST_SAVE
-            return policy(context, op, *args, **kwargs)
-
-    else:
+    if policy is not None and not isinstance(policy, list) and not callable(policy):
         raise TypeError(
             f"policy must be a list of operators or a function, got {type(policy).__name__}"
         )
+    traced = TracingContext.try_get() is not None
+    if policy is None and not traced:
+        return nullcontext(), nullcontext()
+    ours = torch.ops.batchrenorm.forward.default
+    kinds = checkpoint.CheckpointPolicy
+    save, recompute = kinds.MUST_SAVE, kinds.PREFER_RECOMPUTE
+
+    def rule(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        if op is ours:
+            return save if traced else recompute
+        if callable(policy):
+            return policy(context, op, *args, **kwargs)
+        return save if op in (policy or ()) else recompute
+
     return checkpoint.create_selective_checkpoint_contexts(rule, allow_cache_entry_mutation)
 
 

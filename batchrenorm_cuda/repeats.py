@@ -69,10 +69,9 @@ def seen_to() -> Iterator[None]:
         _this_thread.seen_to = before
 
 
-_FIXES = (
-    "have checkpointing save what the layer computes, by checkpoint(..., use_reentrant=False, "
-    "context_fn=batchrenorm_cuda.checkpoint_context_fn), or compile around the checkpoint, with "
-    "that too"
+_AROUND = (
+    "Compile around the checkpoint: torch.compile(lambda x: checkpoint(model, x, "
+    "use_reentrant=False, context_fn=batchrenorm_cuda.checkpoint_context_fn))"
 )
 
 
@@ -82,9 +81,8 @@ def _refuse_cuda_graphs() -> None:
         if frame.f_globals.get("__name__", "") == "torch._inductor.cudagraph_trees":
             raise RuntimeError(
                 "torch.compile captures a CUDA graph of a BatchRenorm layer inside activation "
-                "checkpointing that it does not see, and replays of it would repeat nothing. "
-                "Compile without CUDA graphs, or around the checkpoint, with "
-                "context_fn=batchrenorm_cuda.checkpoint_context_fn"
+                f"checkpointing that it does not see, and replays would repeat nothing. {_AROUND}, "
+                "or without CUDA graphs"
             )
         frame = frame.f_back
 
@@ -107,8 +105,8 @@ def _recalled(running_mean: Tensor, training: bool) -> Tensor | None:
         if any(checkpoint.is_of_torch(region) for region, _ in again):
             raise RuntimeError(
                 "activation checkpointing repeats the forward of a compiled BatchRenorm layer, and "
-                "what it did the first time was not seen. Its statistics have moved already: to "
-                f"get the right gradients, {_FIXES}"
+                "there is no record of what it did the first time. Its statistics have moved since, "
+                f"or its mode has changed: gradients would be wrong. {_AROUND}"
             )
         checkpoint.warn_of_new_step()
     return None
