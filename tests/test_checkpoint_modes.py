@@ -36,6 +36,11 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+class Copy(nn.Module):
+    def forward(self, x):
+        return x.clone()
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [
@@ -46,7 +51,8 @@ def network() -> nn.Sequential:
         layer.running_mean.normal_()
         layer.running_std.uniform_(0.5, 2)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), layers[0], nn.Tanh(), nn.Conv2d(4, 4, 3), layers[1], nn.Tanh()
+        *(nn.Conv2d(3, 4, 3), layers[0], nn.Tanh()),
+        *(nn.Conv2d(4, 4, 3), layers[1], Copy(), nn.Tanh()),
     )
 
 
