@@ -98,7 +98,7 @@ class _Tape:
 
 
 def _address(layer: Tensor) -> int:
-    """Compiled code has other tensors for the same memory."""
+    """Not its id: each call may have another view of the same memory."""
     return (layer.data_ptr() if type(layer) is Tensor else 0) or -id(layer)
 
 

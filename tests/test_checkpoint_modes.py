@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from batchrenorm_cuda import (
     BatchRenorm2d,
     RenormSchedule,
+    batch_renorm,
     checkpoint_context_fn,
     freeze_statistics,
     set_limits,
@@ -182,6 +183,19 @@ def test_a_region_that_changes_the_mode_itself(later, order, kind):
         backward(y)
         results.append((x.grad, layer.weight.grad, layer.bias.grad, dict(layer.named_buffers())))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@every_kind
+@pytest.mark.filterwarnings("error")
+def test_statistics_that_are_views(kind):
+    """Each call of the function then has other tensors."""
+    results = []
+    for call in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, **KINDS[kind])):
+        statistics, x = torch.ones(2, 3), batch(0)
+        y = call(lambda x, s=statistics: batch_renorm(x, s[0], s[1], training=True).tanh(), x)
+        backward(y)
+        results.append((x.grad, statistics))
+    torch.testing.assert_close(*results)
 
 
 def test_ordinary_inference_does_not_look_for_regions(monkeypatch):
