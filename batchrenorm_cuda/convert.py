@@ -87,8 +87,8 @@ def convert(
 
     Raises:
         ValueError, TypeError: naming the argument or the layer and what it got, before anything has
-            changed: for statistics that are not finite, a running_var < 0, a name in `skip` that
-            nothing has, or a model that is wrapped already.
+            changed: for statistics that are not finite, a running_var or num_batches_tracked < 0, a
+            name in `skip` that nothing has, or a model that is wrapped already.
     """
     _require_model(model)
     _require_schedule(schedule)
@@ -302,13 +302,11 @@ def _to_renorm(
         raise type(error)(f"{name or 'model'}: {error}") from None
     buffers = dict(fresh._buffers)
     if layer.track_running_stats:
-        if layer.num_batches_tracked is not None:
-            buffers["num_batches_tracked"] = layer.num_batches_tracked
-        if not is_lazy(layer.running_var):
-            prefix = f"{name}." if name else ""
-            state = {f"{prefix}{n}": layer._buffers[n] for n in ("running_mean", "running_var")}
-            fresh._adopt(state, prefix)
-            buffers |= {n: state[f"{prefix}{n}"] for n in ("running_mean", "running_std")}
+        prefix = f"{name}." if name else ""
+        own = {n: t for n, t in layer._buffers.items() if t is not None and not is_lazy(t)}
+        state = {f"{prefix}{n}": t for n, t in own.items() if n in BUFFERS}
+        fresh._adopt(state, prefix)
+        buffers |= {n: state[f"{prefix}{n}"] for n in buffers if f"{prefix}{n}" in state}
     settings = {k: vars(fresh)[k] for k in _RENORM_ATTRIBUTES} | {"momentum": momentum}
     renamed = {"running_var": "running_std"}
     return Change(layer, like(layer, cls), settings, set(), buffers, renamed, {})

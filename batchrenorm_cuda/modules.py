@@ -283,7 +283,7 @@ class _BatchRenorm(nn.Module):
         if self.track_running_stats:
             try:
                 schedule = self._adopt(state_dict, prefix)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 error_msgs.append(str(error))
                 return
         super()._load_from_state_dict(
@@ -301,17 +301,24 @@ class _BatchRenorm(nn.Module):
         """Brings this layer's entries of a state_dict into its own form, in place. Returns the
         schedule in force after."""
 
+        def given(name: str) -> Tensor | None:
+            t = state_dict.get(f"{prefix}{name}")
+            if f"{prefix}{name}" in state_dict and not isinstance(t, Tensor):
+                raise TypeError(f"{prefix}{name} must be a Tensor, got {type(t).__name__}")
+            return t
+
         def refuse(name: str, t: Tensor, wanted: str, right: Tensor) -> None:
             if not t.is_meta and not bool(right.all()):
                 wrong = t.flatten()[~right.flatten()].tolist()
-                raise ValueError(
-                    f"{prefix}{name} must be {wanted}, got {wrong[0]} in {len(wrong)} of "
-                    f"{t.numel()} channels"
-                )
+                where = f" in {len(wrong)} of {t.numel()} channels" if t.numel() > 1 else ""
+                raise ValueError(f"{prefix}{name} must be {wanted}, got {wrong[0]}{where}")
 
-        mean = state_dict.get(f"{prefix}running_mean")
-        std = state_dict.get(f"{prefix}running_std")
-        var = state_dict.get(f"{prefix}running_var")
+        mean, std, var = given("running_mean"), given("running_std"), given("running_var")
+        counter, schedule = given("num_batches_tracked"), given("schedule")
+        if counter is not None:
+            right = counter.isfinite() & (counter >= 0)
+            refuse("num_batches_tracked", counter, "finite and >= 0", right)
+            state_dict[f"{prefix}num_batches_tracked"] = counter.to(torch.int64)
         if var is not None and std is None:
             refuse("running_var", var, "finite and >= 0", var.isfinite() & (var >= 0))
             del state_dict[f"{prefix}running_var"]
@@ -324,8 +331,6 @@ class _BatchRenorm(nn.Module):
         if std is not None:
             refuse("running_std", std, "finite and > 0", std.isfinite() & (std > 0))
             state_dict[f"{prefix}running_std"] = std.to(self.running_std.dtype)
-
-        schedule = state_dict.get(f"{prefix}schedule")
         if schedule is None or schedule is self.schedule or schedule.is_meta:
             return self._schedule
         try:
@@ -380,8 +385,8 @@ class BatchRenorm1d(_BatchRenorm):
         statistics_frozen: attribute, not saved: see :func:`batchrenorm_cuda.freeze_statistics`.
 
     load_state_dict takes the state of a BatchNorm too: running_std = sqrt(running_var + eps), and
-    the schedule stays as it is. Statistics that are not finite, or a running_std that is not
-    positive, are an error.
+    the schedule stays as it is. Statistics that are not finite, a running_std that is not positive
+    and a num_batches_tracked < 0 are an error, and the layer stays as it is.
 
     Shape:
         output as input, in shape, dtype and memory format.

@@ -397,11 +397,12 @@ def test_bad_arguments_change_nothing(options, error, message):
         ("running_var", -1.0, "1.norm.running_var must be finite and >= 0, got -1.0 in 1 of 3"),
         ("running_var", torch.nan, "1.norm.running_var must be finite and >= 0, got nan in 1 of 3"),
         ("running_mean", torch.inf, "1.norm.running_mean must be finite, got inf in 1 of 3"),
+        ("num_batches_tracked", -2, "1.norm.num_batches_tracked must be finite and >= 0, got -2"),
     ],
 )
 def test_bad_statistics_change_nothing(name, bad, message):
     model = network()
-    getattr(model[1].norm, name)[1] = bad
+    getattr(model[1].norm, name).view(-1)[-2:][0] = bad
     before, text = {n: t.nan_to_num() for n, t in everything(model).items()}, repr(model)
     with pytest.raises(ValueError, match=message):
         convert(model)

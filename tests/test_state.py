@@ -181,6 +181,8 @@ def test_half_precision_checkpoints_load_into_float32_statistics(assign):
         ("running_mean", math.nan, "norm.running_mean must be finite, got nan in 1 of 3"),
         ("schedule", 0.5, "norm.schedule: r_max must be >= 1, got 0.5"),
         ("schedule", math.nan, "norm.schedule: r_max must be >= 1, got nan"),
+        # With momentum=None the next average would be one over zero.
+        ("num_batches_tracked", -1, "norm.num_batches_tracked must be .* >= 0, got -1"),
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])
@@ -189,10 +191,41 @@ def test_a_poisoned_checkpoint_is_refused_whole(name, bad, message, strict):
     model.add_module("norm", trained())
     before = copy.deepcopy(model)
     state = copy.deepcopy(trained(steps=7).state_dict(prefix="norm."))
-    state[f"norm.{name}"][1] = bad
+    state[f"norm.{name}"].view(-1)[-4:][0] = bad
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state, strict=strict)
     assert equal_state(model, before) and repr(model) == repr(before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("bad", [3.0, [1.0, 1.0, 1.0], "x", None], ids=repr)
+@pytest.mark.parametrize("name", [*KEYS, "running_var"])
+def test_what_is_not_a_tensor_is_reported_with_all_else_that_does_not_load(name, bad, strict):
+    """A checkpoint that went through JSON, say. Weight and bias are torch's to refuse."""
+    model = nn.Sequential(trained(), nn.Linear(2, 2))
+    before = copy.deepcopy(model[0])
+    given = nn.BatchNorm1d(3) if name == "running_var" else trained(steps=7)
+    state = nn.Sequential(given, nn.Linear(3, 3)).state_dict()
+    state[f"0.{name}"] = bad
+    with pytest.raises(RuntimeError) as raised:
+        model.load_state_dict(state, strict=strict)
+    assert "size mismatch for 1.weight" in str(raised.value)
+    if name in ("weight", "bias"):
+        assert f'"0.{name}", expected torch.Tensor' in str(raised.value)
+    else:
+        assert f"0.{name} must be a Tensor, got {type(bad).__name__}" in str(raised.value)
+        assert equal_state(model[0], before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_counter_that_went_through_half_precision_loads_if_it_did_fit(assign):
+    module = BatchRenorm1d(3)
+    state = {name: t.half() for name, t in trained().state_dict().items()}
+    module.load_state_dict(state, assign=assign)
+    assert module.num_batches_tracked == 4 and module.num_batches_tracked.dtype == torch.int64
+    state["num_batches_tracked"] = torch.tensor(100_000).half()
+    with pytest.raises(RuntimeError, match="num_batches_tracked must be finite and .* got inf"):
+        module.load_state_dict(state, assign=assign)
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
