@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .arguments import HALVES, check_numbers
@@ -34,6 +34,9 @@ COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm3d: LazyBatchRenorm3d,
 }
 
+# What has been made of a buffer, so that layers that share one share what is made of it.
+Ties = dict[tuple[Any, ...], Any]
+
 _RENORM_ATTRIBUTES = vars(BatchRenorm1d(1)).keys() - vars(nn.BatchNorm1d(1)).keys()
 
 
@@ -51,12 +54,12 @@ def convert(
 
     BatchNorm1d, 2d, 3d, SyncBatchNorm and the lazy ones become BatchRenorm1d, 2d, 3d,
     SyncBatchRenorm (with the same process_group) and LazyBatchRenorm1d, 2d, 3d, wherever they are,
-    the root included. Layers stay the same
-    objects and have the same Parameters, so an optimiser may have been made before; eps,
-    statistics, counter, affine, track_running_stats, dtype, device, requires_grad, training mode,
-    hooks and parametrizations stay as they are. Inference stays the same, as running_std =
-    sqrt(running_var + eps). Statistics of half-precision layers become float32. State_dicts of the
-    model from before still load.
+    the root included. Layers stay the same objects and have the same Parameters, so an optimiser
+    may have been made before; eps, statistics, counter, affine, track_running_stats, dtype, device,
+    requires_grad, training mode, hooks and parametrizations stay as they are. What layers share
+    they go on sharing: layers, Parameters, and statistics if eps is the same. Inference stays the
+    same, as running_std = sqrt(running_var + eps). Statistics of half-precision layers become
+    float32. State_dicts of the model from before still load.
 
     Convert before compiling, and before wrapping in DistributedDataParallel or FSDP, which make
     lists of the buffers.
@@ -96,6 +99,8 @@ def convert(
     if momentum != "keep":
         check_numbers(momentum=momentum, eps=0.0)  # type: ignore[arg-type]
 
+    ties: Ties = {}
+
     def plan(layer: nn.Module, name: str) -> Change | str:
         own = class_of(layer)
         base = _plain_base(own)
@@ -114,7 +119,7 @@ def convert(
             limits = _later(schedule, layer.num_batches_tracked)
         keeps = momentum == "keep" or layer.momentum is None
         return _to_renorm(
-            layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite
+            layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
         )
 
     return swap_layers(model, "BatchNorm", _BatchNorm, _BatchRenorm, plan, skip, report)
@@ -140,8 +145,9 @@ def fold(
     running_std is less than sqrt(eps): it is then lowered to the square of the least one, as no
     variance is negative. So give eps along when only the state_dict is passed on.
 
-    A half-precision weight and bias become float32: torch wants them of the dtype of the
-    statistics, which do not fit in less. The output is half precision all the same.
+    A half-precision weight and bias become float32, in place, as by .float(): torch wants them of
+    the dtype of the statistics, which do not fit in less. The output is half precision all the
+    same.
 
     Args:
         model, skip, report: as in :func:`convert`. Subclasses of BatchRenorm1d, ... are left alone,
@@ -154,6 +160,7 @@ def fold(
     """
     _require_model(model)
     back = {after: before for before, after in COUNTERPARTS.items()}
+    ties: Ties = {}
 
     def plan(layer: nn.Module, name: str) -> Change | str:
         base = _plain_base(class_of(layer))
@@ -161,7 +168,7 @@ def fold(
             return "a subclass with methods of its own"
         if "forward" in vars(layer):
             return "its forward has been replaced"
-        return _to_norm(layer, name, back[base])
+        return _to_norm(layer, name, back[base], ties)
 
     return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchNorm, plan, skip, report)
 
@@ -213,7 +220,7 @@ def convert_sync(
             return "its forward has been replaced"
         cls = like(layer, _SYNCHRONISED[base])
         buffers = {name: t for name, t in layer._buffers.items() if name in BUFFERS}
-        return Change(layer, cls, {"process_group": process_group}, set(), buffers, {}, {})
+        return Change(layer, cls, {"process_group": process_group}, set(), buffers, {})
 
     return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchRenorm, plan, skip, report)
 
@@ -283,6 +290,7 @@ def _to_renorm(
     schedule: RenormSchedule,
     momentum: float | None,
     skip_nonfinite: bool,
+    ties: Ties,
 ) -> Change:
     dtype, device = _dtype_and_device(layer)
     size = () if issubclass(cls, _LazyBatchRenorm) else (layer.num_features,)
@@ -303,16 +311,20 @@ def _to_renorm(
     buffers = dict(fresh._buffers)
     if layer.track_running_stats:
         prefix = f"{name}." if name else ""
-        own = {n: t for n, t in layer._buffers.items() if t is not None and not is_lazy(t)}
-        state = {f"{prefix}{n}": t for n, t in own.items() if n in BUFFERS}
+        own = {n: layer._buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked")}
+        own = {n: t for n, t in own.items() if t is not None and not is_lazy(t)}
+        state = {f"{prefix}{n}": t for n, t in own.items()}
         fresh._adopt(state, prefix)
-        buffers |= {n: state[f"{prefix}{n}"] for n in buffers if f"{prefix}{n}" in state}
+        for before, source in own.items():
+            n, eps = ("running_std", layer.eps) if before == "running_var" else (before, None)
+            made_of = id(source), eps, buffers[n].dtype
+            buffers[n] = ties.setdefault(made_of, state[f"{prefix}{n}"])
     settings = {k: vars(fresh)[k] for k in _RENORM_ATTRIBUTES} | {"momentum": momentum}
     renamed = {"running_var": "running_std"}
-    return Change(layer, like(layer, cls), settings, set(), buffers, renamed, {})
+    return Change(layer, like(layer, cls), settings, set(), buffers, renamed)
 
 
-def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
+def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module], ties: Ties) -> Change:
     where = f"{name}." if name else ""
     buffers = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
     # torch 2.11 does not infer with an eps of 0. Added to a variance this one is nothing.
@@ -323,9 +335,12 @@ def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
         buffers["running_var"] = std
         buffers["num_batches_tracked"] = layer.num_batches_tracked
         if not is_lazy(std):
-            buffers["running_var"], eps = _variance(std, eps, f"{where}running_std")
+            made_of = id(std), eps
+            if made_of not in ties:
+                ties[made_of] = _variance(std, eps, f"{where}running_std")
+            buffers["running_var"], eps = ties[made_of]
 
-    parameters: dict[str, nn.Parameter] = {}
+    wide: dict[nn.Parameter, Tensor] = {}
     if layer.running_mean is not None:
         for key in ("weight", "bias"):
             p = getattr(layer, key)
@@ -335,16 +350,14 @@ def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
                 raise ValueError(
                     f"{where}{key} must not be parametrized to become float32, got {p.dtype}"
                 )
-            if is_lazy(p):
-                parameters[key] = UninitializedParameter(p.requires_grad, p.device, torch.float32)
-            else:
-                parameters[key] = nn.Parameter(p.detach().float(), p.requires_grad)
+            with torch.no_grad():
+                wide[p] = p.float()
     settings: dict[str, Any] = {"eps": eps}
     if cls is nn.SyncBatchNorm:
         settings["process_group"] = getattr(layer, "process_group", None)
     renamed = {"running_std": "running_var"}
     obsolete = set(_RENORM_ATTRIBUTES)
-    return Change(layer, like(layer, cls), settings, obsolete, buffers, renamed, parameters)
+    return Change(layer, like(layer, cls), settings, obsolete, buffers, renamed, wide)
 
 
 def _variance(std: Tensor, eps: float, name: str) -> tuple[Tensor, float]:

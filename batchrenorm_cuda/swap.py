@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -69,14 +69,17 @@ class Change:
     obsolete: set[str]  # attributes to delete
     buffers: dict[str, Tensor | None]
     renamed: dict[str, str]  # buffers that keep whether they are persistent
-    parameters: dict[str, nn.Parameter]
+    wide: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # new values, of another dtype
 
     def make(self) -> None:
         layer, attributes = self.layer, vars(self.layer)
         extra = {k: t for k, t in layer._buffers.items() if k not in BUFFERS}
         layer._buffers.clear()
         layer._buffers.update(self.buffers | extra)
-        layer._parameters.update(self.parameters)
+        for p, values in self.wide.items():  # as Module.to() does it: p stays the object it is
+            p.data = values
+            if p.grad is not None:
+                p.grad = p.grad.to(values.dtype)
         hidden = layer._non_persistent_buffers_set
         for old, new in self.renamed.items():
             if old in hidden:

@@ -231,6 +231,43 @@ def test_a_shared_layer_is_changed_once_and_stays_shared():
     assert outcome.names == ("0", "1.1")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layers_that_share_parameters_and_statistics_go_on_sharing(dtype):
+    """Two views of one layer: what one learns the other infers by."""
+    one, other = filled(nn.BatchNorm1d(3, dtype=dtype)), nn.BatchNorm1d(3, dtype=dtype)
+    other.weight, other.bias = one.weight, one.bias
+    other._buffers.update(one._buffers)
+    weight, bias = one.weight, one.bias
+    weight.grad = torch.ones_like(weight)
+    bias.requires_grad_(False)
+    model = nn.Sequential(one, other)
+    x = torch.randn(6, 3).to(dtype)
+    for change in (convert, fold, convert):
+        change(model)
+        assert one.weight is other.weight is weight and one.bias is other.bias is bias
+        assert weight.requires_grad and not bias.requires_grad
+        assert weight.grad.dtype == weight.dtype
+        for name, t in one.named_buffers():
+            assert (other.get_buffer(name) is t) == (name != "schedule")
+        model.train()(x).sum().backward()
+        assert torch.equal(one.eval()(x), other.eval()(x))
+
+
+def test_statistics_that_layers_share_are_separate_where_eps_makes_them_differ():
+    one, other = nn.BatchNorm1d(3, eps=0.5), nn.BatchNorm1d(3)
+    other._buffers.update(one._buffers)
+    convert(nn.Sequential(one, other))
+    assert one.running_mean is other.running_mean
+    torch.testing.assert_close(one.running_std, torch.full((3,), 1.5).sqrt())
+    torch.testing.assert_close(other.running_std, torch.full((3,), 1 + 1e-5).sqrt())
+    other.running_std = one.running_std
+    other.eps = 1e-5
+    x = torch.randn(6, 3)
+    y = one.eval()(x), other.eval()(x)
+    fold(nn.Sequential(one, other))
+    torch.testing.assert_close((one(x), other(x)), y, rtol=1e-6, atol=1e-6)
+
+
 def test_a_cycle_of_modules_ends():
     child, parent = nn.Sequential(nn.BatchNorm1d(3)), nn.Module()
     parent.child = child
