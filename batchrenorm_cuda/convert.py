@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from .arguments import HALVES, check_numbers
+from .arguments import HALVES, check_flags, check_numbers
 from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d, _LazyBatchRenorm
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm, _require_schedule
 from .schedule import RenormSchedule
 from .swap import BUFFERS, Change, Report, Skip, class_of, like, swap_layers
-from .sync import LazySyncBatchRenorm, SyncBatchRenorm
+from .sync import LazySyncBatchRenorm, SyncBatchRenorm, check_group
 
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchRenorm1d,
@@ -95,7 +95,7 @@ def convert(
     """
     _require_model(model)
     _require_schedule(schedule)
-    _require_flags(from_now=from_now, skip_nonfinite=skip_nonfinite)
+    check_flags(from_now=from_now, skip_nonfinite=skip_nonfinite)
     if momentum != "keep":
         check_numbers(momentum=momentum, eps=0.0)  # type: ignore[arg-type]
 
@@ -211,6 +211,7 @@ def convert_sync(
         ValueError, TypeError: as :func:`convert`, before anything has changed.
     """
     _require_model(model)
+    check_group(process_group)
 
     def plan(layer: nn.Module, name: str) -> Change | str:
         base = _plain_base(class_of(layer))
@@ -234,12 +235,6 @@ def _require_model(model: Any) -> None:
                 "model must not be wrapped yet, got a DistributedDataParallel, which would not "
                 "know the new buffers"
             )
-
-
-def _require_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 _INERT = {

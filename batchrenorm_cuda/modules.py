@@ -14,7 +14,7 @@ from torch.nn import init
 from torch.nn.parameter import is_lazy
 
 from ._ops import statistic_dtype
-from .arguments import FLOATS, check_numbers
+from .arguments import FLOATS, check_flags, check_numbers
 from .clipping import Clipping, new_counts
 from .functional import batch_renorm
 from .schedule import RenormSchedule, require_steps_per_update
@@ -63,6 +63,7 @@ class _BatchRenorm(nn.Module):
         if num_features < 1:
             raise ValueError(f"num_features must be >= 1, got {num_features}")
         check_numbers(momentum=momentum, eps=eps)
+        check_flags(skip_nonfinite=skip_nonfinite)
         _require_schedule(schedule)
         self.num_features = num_features
         self.eps = eps

@@ -11,7 +11,6 @@ from torch.nn.parameter import is_lazy
 from .clipping import Clipping
 from .modules import _BatchRenorm, layers_of
 
-
 # The open monitors that a layer is monitored for. Not an attribute of the layer, as a copy of it is
 # not theirs to end; and not the monitors themselves, which hold the layer.
 _open: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()

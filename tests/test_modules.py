@@ -183,6 +183,8 @@ def test_the_schedule_can_be_replaced_in_mid_training(device):
         ({"momentum": "x"}, TypeError, "momentum must be a number, got str"),
         ({"schedule": None}, TypeError, "schedule must be a RenormSchedule, got NoneType"),
         ({"dtype": torch.int64}, TypeError, "dtype must be .* got torch.int64"),
+        ({"skip_nonfinite": 3}, TypeError, "skip_nonfinite must be a bool, got 3"),
+        ({"skip_nonfinite": None}, TypeError, "skip_nonfinite must be a bool, got None"),
     ],
 )
 def test_a_bad_constructor_argument_is_named(arguments, error, message):
