@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,7 +143,10 @@ def _trained(
     bias: Tensor | None,
     step: tuple,
     clipping: Tensor | None = None,
+    layer: Tensor | None = None,
 ) -> Tensor:
+    """`layer`: the moving mean that repetitions of a step are recognised by, if not that in
+    `step`."""
     if _is_jit_tracing():
         return _portable(x, weight, bias, True, step)
     if x.size(0) == 1 and x.numel() == x.size(1):
@@ -150,7 +154,7 @@ def _trained(
     running_mean = step[0]
     known = keep = None
     if running_mean is not None and checkpoint.may_repeat():
-        known, keep = checkpoint.repetition(running_mean)
+        known, keep = checkpoint.repetition(running_mean if layer is None else layer)
     if clipping is not None and known is None:
         keep = counting(clipping, step, keep)
     if _wants_gradient(x, weight, bias):
@@ -216,7 +220,11 @@ def _traced(
     if torch.compiler._is_exporting_flag:
         if not training or step[0] is None:
             return _portable(x, weight, bias, training, step)
-        return _training_step(x, weight, bias, *step)
+        y, *moved = _training_step(x, weight, bias, *step)
+        for t, after in zip(step[:3], moved, strict=True):
+            if t is not None:
+                t.copy_(after)
+        return y
     if _transforms_are_active():
         # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and gives wrong
         # gradients for one without. It runs what raises here in eager mode, unless fullgraph=True.
@@ -248,25 +256,37 @@ def _portable(
 
 
 # What torch.export records of a training step: the forward operator with its gradient, so that an
-# exported model can be trained. Not what everyone calls, as a kernel in Python costs 10 us.
+# exported model can be trained. It returns the new running_mean, running_std and
+# num_batches_tracked (empty for None) and changes nothing: torch wraps an operator that does, in a
+# decomposed program, into one that it compiles without gradients. Not what everyone calls, as a
+# kernel in Python costs 10 us.
 _library = torch.library.Library("batchrenorm", "FRAGMENT")
 _library.define(
-    str(_ops.forward._schema).replace("batchrenorm::forward", "training_step").split(" -> ")[0]
-    + " -> Tensor"
+    "training_step(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, "
+    "Tensor running_std, Tensor? num_batches_tracked, Tensor? schedule, float? momentum, "
+    "float eps, float r_max, float d_max, bool skip_nonfinite) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _training_step = torch.ops.batchrenorm.training_step.default
+_Stepped = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _on_copies(step: tuple, run: Callable[[tuple], Tensor]) -> _Stepped:
+    mean, std, counter = (None if t is None else t.detach().clone() for t in step[:3])
+    y = run((mean, std, counter, *step[3:]))
+    return y, mean, std, y.new_empty(0, dtype=torch.int64) if counter is None else counter
 
 
 @torch.library.impl(_library, "training_step", "CompositeExplicitAutograd")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
-    return _ops.forward(x, weight, bias, *step)[0]
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> _Stepped:
+    return _on_copies(step, lambda step: _ops.forward(x, weight, bias, *step)[0])
 
 
 @torch.library.impl(_library, "training_step", "Autograd")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> _Stepped:
     if type(x) is Tensor:
-        return _trained(x, weight, bias, step)
+        layer = step[0]
+        return _on_copies(step, lambda step: _trained(x, weight, bias, step, layer=layer))
     if _wants_gradient(x, weight, bias):  # traced, by AOTAutograd
-        return Training.apply(x, weight, bias, step)
+        return _on_copies(step, lambda step: Training.apply(x, weight, bias, step))
     with torch._C._AutoDispatchBelowAutograd():
         return _training_step(x, weight, bias, *step)

@@ -198,8 +198,17 @@ def steps_of(model, call):
         (lambda p: p, "aot_eager"),
         (reloaded, None),
         (lambda p: p.run_decompositions(), None),
+        (lambda p: p.run_decompositions(), "aot_eager"),
+        (lambda p: reloaded(p.run_decompositions({})), "inductor"),
     ],
-    ids=["as exported", "compiled", "saved and loaded", "decomposed"],
+    ids=[
+        "as exported",
+        "compiled",
+        "saved and loaded",
+        "decomposed",
+        "decomposed, compiled",
+        "decomposed, saved, loaded, compiled",
+    ],
 )
 def test_an_exported_model_goes_on_as_the_model_does(form, backend, strict, training):
     """With its gradients: an operator without them would cut off all layers before it."""
