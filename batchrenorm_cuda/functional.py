@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -250,7 +251,9 @@ def _portable(
     if running_mean is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps or no_eps)
     if training:
-        raise RuntimeError(_ops.NOT_IN_TRAINING.format("torch.jit.trace"))
+        onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+        recorder = "torch.onnx.export" if onnx else "torch.jit.trace"
+        raise RuntimeError(_ops.NOT_IN_TRAINING.format(recorder))
     variance = running_std.square()  # with eps in it
     return F.batch_norm(x, running_mean, variance, weight, bias, False, 0.0, no_eps)
 

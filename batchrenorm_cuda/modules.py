@@ -227,6 +227,14 @@ class _BatchRenorm(nn.Module):
             clipping=self._clipping,
         )
 
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks a module for first; else it fails somewhere inside of torch.
+        (Not a BatchNorm instead: put into training, the script would not renormalize.)"""
+        raise RuntimeError(
+            f"a {type(self).__name__} cannot be compiled by torch.jit.script: make a BatchNorm of "
+            "the same inference of it first, batchrenorm_cuda.fold(model.eval())"
+        )
+
     def _check_input_dim(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
