@@ -96,6 +96,8 @@ def batch_renorm(
         ValueError, TypeError: naming the argument and what it got, before anything has changed. One
             value per channel is refused in training.
     """
+    if running_mean is None and momentum is None:
+        momentum = 0.0  # nothing is averaged, so nothing is to be counted
     step = (
         running_mean,
         running_std,

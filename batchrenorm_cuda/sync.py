@@ -267,7 +267,7 @@ class SyncBatchRenorm(_BatchRenorm):
             self.running_std,
             self.num_batches_tracked,
             self.schedule,
-            self.momentum,
+            self.momentum if self.track_running_stats else 0.0,
             self.eps,
             1.0,  # limits without a schedule, and so without moving statistics
             0.0,

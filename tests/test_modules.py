@@ -225,6 +225,18 @@ def test_the_cumulative_average(device):
     torch.testing.assert_close(module.running_mean, batches.mean((0, 1)))
 
 
+def test_the_cumulative_average_of_nothing_is_batch_norm():
+    """As torch's layer, which has no counter either then, and does not ask for one."""
+    options = {"momentum": None, "track_running_stats": False}
+    module, norm = BatchRenorm1d(3, **options), nn.BatchNorm1d(3, **options)
+    x = torch.randn(6, 3)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for training in (True, False):
+        y = norm.train(training)(x)
+        torch.testing.assert_close(module.train(training)(x), y)
+        torch.testing.assert_close(compiled(x), y)
+
+
 def test_the_arguments_of_batch_norm_come_first_and_in_order():
     module = BatchRenorm2d(4, 1e-3, 0.1, True, False, "meta", torch.float16)
     found = (module.eps, module.momentum, module.affine, module.track_running_stats)

@@ -11,8 +11,18 @@ import pytest
 import torch
 from devices import each_device
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from batchrenorm_cuda import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormSchedule
+from batchrenorm_cuda import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    LazyBatchRenorm1d,
+    LazyBatchRenorm2d,
+    LazyBatchRenorm3d,
+    RenormSchedule,
+    SyncBatchRenorm,
+)
 
 SCHEDULE = RenormSchedule(2, 2.0, 9, 3.0, 7)
 KEYS = ["weight", "bias", "running_mean", "running_std", "num_batches_tracked", "schedule"]
@@ -61,6 +71,60 @@ def test_copies_are_whole_and_separate(copied):
     assert torch.equal(module(x), other(x)) and equal_state(module, other)
     other(x)
     assert not equal_state(module, other)
+
+
+EVERY_LAYER = [
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    SyncBatchRenorm,
+    LazyBatchRenorm1d,
+    LazyBatchRenorm2d,
+    LazyBatchRenorm3d,
+]
+CONFIGURATIONS = [
+    {"momentum": momentum, "affine": affine, "bias": bias, "track_running_stats": tracks}
+    | {"schedule": schedule}
+    for momentum in (0.2, None)
+    for affine, bias in ((True, True), (True, False), (False, True))
+    for tracks in (True, False)
+    for schedule in (RenormSchedule(), RenormSchedule(1, math.inf, 2, 0.5, 3, steps_per_update=2))
+]
+
+
+def seen(*_):
+    """A hook. At the top of a file, or nothing could pickle it."""
+
+
+SITUATIONS = {
+    "as constructed": lambda m: None,
+    "half": lambda m: m.half(),
+    "frozen": lambda m: setattr(m, "statistics_frozen", m.track_running_stats),
+    "monitored": lambda m: m.monitor_clipping(m.track_running_stats and not is_lazy(m.running_std)),
+    "hooks": lambda m: (m.register_forward_hook(seen), m.register_load_state_dict_post_hook(seen)),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("layer", EVERY_LAYER)
+def test_every_configuration_is_copied_whole(layer, situation):
+    """Lazy layers, too, but by deepcopy, which torch's tensors without a size refuse."""
+    lazy = "Lazy" in layer.__name__
+    shape = (6, 3) + (2,) * ({"2": 2, "3": 3}.get(layer.__name__[-2], 0))
+    for options in CONFIGURATIONS:
+        module = layer(**options) if lazy else layer(3, **options)
+        SITUATIONS[situation](module)
+        x = torch.randn(shape).to(torch.half if situation == "half" else torch.float)
+        copies = [pickle.loads(pickle.dumps(module)), torch.load(saved(module), weights_only=False)]
+        if not lazy:
+            copies.append(copy.deepcopy(module))
+        for other in copies:
+            assert type(other) is layer and repr(other) == repr(module)
+            assert other.monitors_clipping == module.monitors_clipping
+            other.load_state_dict(copies[0].state_dict())
+        y, *others = [other(x) for other in copies]
+        assert all(torch.equal(y, other) for other in others)
+        assert all(equal_state(copies[0], other) for other in copies)
 
 
 def saved(what):
