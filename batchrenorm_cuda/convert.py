@@ -116,7 +116,7 @@ def convert(
             return "its statistics are parametrized"
         limits = schedule
         if from_now and tracks:
-            limits = _later(schedule, layer.num_batches_tracked)
+            limits = _later(schedule, layer._buffers.get("num_batches_tracked"))
         keeps = momentum == "keep" or layer.momentum is None
         return _to_renorm(
             layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
@@ -306,7 +306,8 @@ def _to_renorm(
     buffers = dict(fresh._buffers)
     if layer.track_running_stats:
         prefix = f"{name}." if name else ""
-        own = {n: layer._buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked")}
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        own = {n: layer._buffers.get(n) for n in names}  # old pickles have no counter
         own = {n: t for n, t in own.items() if t is not None and not is_lazy(t)}
         state = {f"{prefix}{n}": t for n, t in own.items()}
         fresh._adopt(state, prefix)

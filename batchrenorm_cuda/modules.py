@@ -112,7 +112,7 @@ class _BatchRenorm(nn.Module):
         self.reset_running_stats()
         self.reset_clipping()
         if self.track_running_stats:
-            self.schedule.copy_(self._schedule.as_tensor())
+            self.schedule.copy_(self._schedule.as_tensor("cpu"))
         if self.weight is not None:
             init.ones_(self.weight)
         if self.bias is not None:
@@ -127,7 +127,7 @@ class _BatchRenorm(nn.Module):
         _require_schedule(schedule)
         self._require_statistics("schedule cannot be set")
         self._schedule = schedule
-        self.schedule.copy_(schedule.as_tensor(), non_blocking=True)
+        self.schedule.copy_(schedule.as_tensor("cpu"), non_blocking=True)
 
     def set_limits(self, r_max: float, d_max: float) -> None:
         """These limits from the next batch on, for good: a schedule that does not move. For a
@@ -164,7 +164,7 @@ class _BatchRenorm(nn.Module):
         self._require_statistics("steps_per_update cannot be set")
         schedule = self._schedule
         if before != known:
-            schedule = RenormSchedule.from_tensor(schedule.as_tensor(), before)
+            schedule = RenormSchedule.from_tensor(schedule.as_tensor("cpu"), before)
         schedule = replace(schedule, steps_per_update=steps_per_update)
         counter = self.num_batches_tracked
         counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
@@ -332,8 +332,12 @@ class _BatchRenorm(nn.Module):
             refuse("running_var", var, "finite and >= 0", var.isfinite() & (var >= 0))
             del state_dict[f"{prefix}running_var"]
             std = (var.double() + self.eps).sqrt()
-            state_dict.setdefault(f"{prefix}schedule", self.schedule)
-            state_dict.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
+            kept = {"schedule": self.schedule, "num_batches_tracked": self.num_batches_tracked}
+            if self.schedule.is_meta and not var.is_meta:  # with assign=True it becomes real now
+                kept["schedule"] = self._schedule.as_tensor(var.device)
+                kept["num_batches_tracked"] = var.new_zeros((), dtype=torch.int64)
+            for name, t in kept.items():
+                state_dict.setdefault(f"{prefix}{name}", t)
         if mean is not None:
             refuse("running_mean", mean, "finite", mean.isfinite())
             state_dict[f"{prefix}running_mean"] = mean.to(self.running_mean.dtype)

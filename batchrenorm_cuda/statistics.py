@@ -121,7 +121,7 @@ def _restored(model: nn.Module, layers: list[_BatchRenorm]) -> Iterator[None]:
                 settings.append((t, t.clone()))
     modes = [(module, module.training) for module in model.modules()]
     kept = [(layer, layer.momentum, layer._clipping) for layer in layers]
-    plain = RenormSchedule.constant(1.0, 0.0).as_tensor()
+    plain = RenormSchedule.constant(1.0, 0.0).as_tensor("cpu")
     whole = False
     try:
         for module, _ in modes:

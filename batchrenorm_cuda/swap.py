@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -105,7 +106,8 @@ def swap_layers(
     changes: list[Change] = []
     found = _find(model, before, _skips(skip))
     for layer, names, skipped in found:
-        planned = "skip" if skipped else plan(layer, names[0])
+        with torch.inference_mode(False):  # which would make tensors that training cannot use
+            planned = "skip" if skipped else plan(layer, names[0])
         own = type(layer).__name__
         if isinstance(planned, str):
             outcomes.append(Outcome(names, own, None, planned))

@@ -268,6 +268,24 @@ def test_statistics_that_layers_share_are_separate_where_eps_makes_them_differ()
     torch.testing.assert_close((one(x), other(x)), y, rtol=1e-6, atol=1e-6)
 
 
+def test_what_inference_mode_changes_training_goes_on_with():
+    for change, layer in ((convert, nn.BatchNorm1d(3)), (fold, BatchRenorm1d(3))):
+        with torch.inference_mode():
+            change(layer)
+        assert not any(t.is_inference() for t in layer.state_dict().values())
+        layer.train()(torch.randn(6, 3)).sum().backward()
+        layer.load_state_dict(layer.state_dict())
+
+
+def test_a_layer_pickled_before_there_was_a_counter():
+    norm = filled(nn.BatchNorm1d(3)).eval()
+    del norm.num_batches_tracked
+    x = torch.randn(6, 3)
+    y = norm(x)
+    torch.testing.assert_close(convert(norm, from_now=True)(x), y)
+    assert norm.num_batches_tracked == 0
+
+
 def test_a_cycle_of_modules_ends():
     child, parent = nn.Sequential(nn.BatchNorm1d(3)), nn.Module()
     parent.child = child

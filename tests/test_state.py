@@ -22,6 +22,9 @@ from batchrenorm_cuda import (
     LazyBatchRenorm3d,
     RenormSchedule,
     SyncBatchRenorm,
+    convert,
+    fold,
+    update_stats,
 )
 
 SCHEDULE = RenormSchedule(2, 2.0, 9, 3.0, 7)
@@ -389,6 +392,42 @@ def test_a_meta_module_becomes_real():
     module = BatchRenorm1d(3, device="meta")
     module.load_state_dict(trained().state_dict(), assign=True)
     assert equal_state(module, trained()) and f"schedule={SCHEDULE}" in repr(module)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "num_batches_tracked"])
+def test_a_meta_module_takes_a_batch_norm_for_its_own(name):
+    """By assignment, with what a BatchNorm does not have made on the device of what it has."""
+    peer, x = nn.BatchNorm1d(3), torch.randn(6, 3)
+    peer(x)
+    state = {key: t for key, t in peer.state_dict().items() if key != "num_batches_tracked"}
+    module = BatchRenorm1d(3, device="meta", schedule=SCHEDULE)
+    module.load_state_dict(peer.state_dict() if name == "running_mean" else state, assign=True)
+    assert not any(t.is_meta for t in module.state_dict().values())
+    assert RenormSchedule.from_tensor(module.schedule) == SCHEDULE
+    assert module.num_batches_tracked == (name == "running_mean")
+    torch.testing.assert_close(copy.deepcopy(module).eval()(x), peer.eval()(x))
+    module(x)
+
+
+def test_the_default_device_is_for_what_is_new():
+    """A model is often made or filled in the scope of a device, and here of the meta device."""
+    module, source, x = BatchRenorm1d(3), trained(), torch.randn(6, 3)
+    empty = BatchRenorm1d(3, device="meta")
+    with torch.device("meta"):
+        module.set_schedule(RenormSchedule())
+        module.set_limits(1.5, 0.5)
+        module.set_steps_per_update(2)
+        module.reset_parameters()
+        module.load_state_dict(source.state_dict())
+        empty.load_state_dict(source.state_dict(), assign=True)
+        update_stats(module, [x])
+        module.monitor_clipping()
+        module(x)
+        assert module.read_clipping().steps == 1
+        fold(module), convert(module)
+        assert BatchRenorm1d(3).schedule.is_meta
+    assert equal_state(empty, source) and f"schedule={SCHEDULE}" in repr(empty)
+    module(x), empty(x)
 
 
 def test_share_memory():
