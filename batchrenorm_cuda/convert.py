@@ -66,7 +66,7 @@ def convert(
 
     A subclass of a BatchNorm is left alone, with a warning, unless all that it has of its own is a
     constructor. So is a layer with statistics that it does not update (track_running_stats set to
-    False after construction), which has no counterpart. A module that reads running_var of a
+    False after construction), which is there to normalise by the batch alone. A module that reads running_var of a
     BatchNorm inside it, as torch.ao's fused ones do, has to be skipped.
 
     Args:

@@ -262,12 +262,14 @@ class SyncBatchRenorm(_BatchRenorm):
         if world == 1 or isinstance(input, Proxy):
             return super().forward(input)
         self._check_input_dim(input)
+        statistics = self.running_mean, self.running_std, self.num_batches_tracked
+        tracks = self.running_mean is not None
+        if tracks and not self.track_running_stats:
+            statistics = tuple([t.clone() for t in statistics])
         step = (
-            self.running_mean,
-            self.running_std,
-            self.num_batches_tracked,
+            *statistics,
             self.schedule,
-            self.momentum if self.track_running_stats else 0.0,
+            self.momentum if tracks else 0.0,
             self.eps,
             1.0,  # limits without a schedule, and so without moving statistics
             0.0,
