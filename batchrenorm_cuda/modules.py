@@ -211,17 +211,20 @@ class _BatchRenorm(nn.Module):
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. A weight
         # that is not there is parametrized.
         buffers, parameters = self._buffers, self._parameters
-        running_mean = buffers["running_mean"]
+        statistics = buffers["running_mean"], buffers["running_std"], buffers["num_batches_tracked"]
+        if self.training and not self.track_running_stats and statistics[0] is not None:
+            statistics = tuple([t.clone() for t in statistics])
+        running_mean, running_std, num_batches_tracked = statistics
         return batch_renorm(
             input,
             running_mean,
-            buffers["running_std"],
+            running_std,
             parameters["weight"] if "weight" in parameters else self.weight,
             parameters["bias"] if "bias" in parameters else self.bias,
             (self.training and not self.statistics_frozen) or running_mean is None,
             self.momentum,
             self.eps,
-            num_batches_tracked=buffers["num_batches_tracked"],
+            num_batches_tracked=num_batches_tracked,
             schedule=buffers["schedule"],
             skip_nonfinite=self.skip_nonfinite,
             clipping=self._clipping,
@@ -263,7 +266,7 @@ class _BatchRenorm(nn.Module):
 
         def kept_precise(t: Tensor) -> Tensor:
             moved = fn(t)
-            if t is self.schedule:
+            if t is self.schedule or t is self.num_batches_tracked:
                 return t.to(moved.device) if moved.dtype != t.dtype else moved
             if t is self.running_mean or t is self.running_std:
                 dtype = statistic_dtype(moved.dtype)
@@ -289,7 +292,7 @@ class _BatchRenorm(nn.Module):
         """Also takes the state of a BatchNorm. Refuses statistics and schedules that could not be
         used, and then loads nothing into this layer."""
         schedule = self._schedule
-        if self.track_running_stats:
+        if self.running_mean is not None:
             try:
                 schedule = self._adopt(state_dict, prefix)
             except (ValueError, TypeError) as error:
@@ -314,6 +317,11 @@ class _BatchRenorm(nn.Module):
             t = state_dict.get(f"{prefix}{name}")
             if f"{prefix}{name}" in state_dict and not isinstance(t, Tensor):
                 raise TypeError(f"{prefix}{name} must be a Tensor, got {type(t).__name__}")
+            if t is not None and (t.is_complex() or t.layout != torch.strided):
+                raise TypeError(
+                    f"{prefix}{name} must be a dense tensor of real numbers, got {t.dtype} in "
+                    f"{t.layout}"
+                )
             return t
 
         def refuse(name: str, t: Tensor, wanted: str, right: Tensor) -> None:
@@ -340,10 +348,10 @@ class _BatchRenorm(nn.Module):
                 state_dict.setdefault(f"{prefix}{name}", t)
         if mean is not None:
             refuse("running_mean", mean, "finite", mean.isfinite())
-            state_dict[f"{prefix}running_mean"] = mean.to(self.running_mean.dtype)
+            state_dict[f"{prefix}running_mean"] = mean.to(self.running_mean.dtype).contiguous()
         if std is not None:
             refuse("running_std", std, "finite and > 0", std.isfinite() & (std > 0))
-            state_dict[f"{prefix}running_std"] = std.to(self.running_std.dtype)
+            state_dict[f"{prefix}running_std"] = std.to(self.running_std.dtype).contiguous()
         if schedule is None or schedule is self.schedule or schedule.is_meta:
             return self._schedule
         try:
@@ -382,7 +390,9 @@ class BatchRenorm1d(_BatchRenorm):
             paper's, a tenth of BatchNorm's. None: the cumulative average.
         affine: whether there are a weight (starts at 1) and a bias (at 0) to learn.
         track_running_stats: False: no moving statistics. The batch is normalised by its own, in
-            inference too, and r = 1, d = 0: plain Batch Normalization.
+            inference too, and r = 1, d = 0: plain Batch Normalization. The attribute, set to False
+            later, has training leave statistics and counter as they are, as BatchNorm's does; r and
+            d are still taken from them.
         device, dtype: of weight and bias. Statistics are float64 beside float64, else float32, and
             stay so under .half() and .to(dtype).
         bias: False: a weight only.

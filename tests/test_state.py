@@ -295,6 +295,28 @@ def test_a_counter_that_went_through_half_precision_loads_if_it_did_fit(assign):
         module.load_state_dict(state, assign=assign)
 
 
+@pytest.mark.parametrize("form", [torch.Tensor.to_sparse, lambda t: t + 0j], ids=["sparse", "0j"])
+@pytest.mark.parametrize("name", ["running_mean", "running_std", "running_var", "schedule"])
+def test_a_tensor_of_another_kind_is_reported_too(name, form):
+    module = trained()
+    before = copy.deepcopy(module)
+    state = (nn.BatchNorm1d(3) if name == "running_var" else trained(steps=7)).state_dict()
+    state[name] = form(state[name])
+    with pytest.raises(RuntimeError, match=f"{name} must be a dense tensor of real numbers, got"):
+        module.load_state_dict(state)
+    assert equal_state(module, before)
+
+
+def test_statistics_assigned_from_a_slice_can_be_trained():
+    state = trained().state_dict()
+    for name in ("running_mean", "running_std"):
+        state[name] = torch.stack([state[name], state[name]], 1)[:, 0]
+    module = BatchRenorm1d(3)
+    module.load_state_dict(state, assign=True)
+    assert equal_state(module, trained())
+    module(torch.randn(6, 3))
+
+
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_a_poisoned_batch_norm_is_refused_whole(bad):
     module, peer = trained(), nn.BatchNorm1d(3)
@@ -330,6 +352,7 @@ def test_missing_and_unexpected_keys_are_reported_as_ever():
 CONVERSIONS = {
     "half": (lambda m: m.half(), torch.float16, torch.float32),
     "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16, torch.float32),
+    "type(half)": (lambda m: m.type(torch.half), torch.float16, torch.float32),
     "to(half)": (lambda m: m.to(torch.half), torch.float16, torch.float32),
     "to(cpu, half)": (lambda m: m.to("cpu", torch.half), torch.float16, torch.float32),
     "to(like)": (lambda m: m.to(torch.ones(1).bfloat16()), torch.bfloat16, torch.float32),
