@@ -66,8 +66,9 @@ def convert(
 
     A subclass of a BatchNorm is left alone, with a warning, unless all that it has of its own is a
     constructor. So is a layer with statistics that it does not update (track_running_stats set to
-    False after construction), which is there to normalise by the batch alone. A module that reads running_var of a
-    BatchNorm inside it, as torch.ao's fused ones do, has to be skipped.
+    False after construction), which is there to normalise by the batch alone, and one inside a
+    fused module of torch.ao for training, which reads its running_var. A module of your own that
+    does so has to be skipped.
 
     Args:
         model: any module; its BatchNorms may be shared or nested.
@@ -109,6 +110,9 @@ def convert(
             return "a subclass with methods of its own"
         if "forward" in vars(layer):
             return "its forward has been replaced"
+        owner = type(model.get_submodule(name.rpartition(".")[0]))
+        if owner.__module__.startswith("torch.ao.nn.intrinsic.qat."):
+            return f"{owner.__name__} around it reads its running_var"
         tracks = layer._buffers.get("running_mean") is not None
         if tracks != layer.track_running_stats or tracks != (layer.running_var is not None):
             return "track_running_stats does not say whether it has statistics"

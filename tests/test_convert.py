@@ -378,6 +378,19 @@ def test_other_layers_without_a_counterpart_are_left_alone_aloud(change):
             assert type(convert(frozen)) is nn.BatchNorm1d
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:Please use quant:UserWarning")
+def test_what_is_prepared_for_quantisation_is_left_alone_aloud():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)).train()
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    quantization.fuse_modules_qat(model, [["0", "1"]], inplace=True)
+    quantization.prepare_qat(model, inplace=True)
+    with pytest.warns(UserWarning, match="0.bn, .*: ConvBn2d around it reads its running_var"):
+        convert(model)
+    assert type(model[0].bn) is nn.BatchNorm2d and type(model[2]) is BatchRenorm2d
+    model(torch.randn(2, 3, 5, 5))
+
+
 def test_doing_it_twice_or_where_there_is_nothing():
     model = convert(network())
     state = everything(model)
