@@ -40,6 +40,9 @@ Ties = dict[tuple[Any, ...], Any]
 _RENORM_ATTRIBUTES = vars(BatchRenorm1d(1)).keys() - vars(nn.BatchNorm1d(1)).keys()
 
 
+_NEW = {"running_std", "schedule", *_RENORM_ATTRIBUTES}
+
+
 def convert(
     model: nn.Module,
     *,
@@ -92,7 +95,8 @@ def convert(
     Raises:
         ValueError, TypeError: naming the argument or the layer and what it got, before anything has
             changed: for statistics that are not finite, a running_var or num_batches_tracked < 0, a
-            name in `skip` that nothing has, or a model that is wrapped already.
+            name or module in `skip` that the model does not have, or a model that is wrapped
+            already.
     """
     _require_model(model)
     _require_schedule(schedule)
@@ -110,6 +114,9 @@ def convert(
             return "a subclass with methods of its own"
         if "forward" in vars(layer):
             return "its forward has been replaced"
+        taken = _NEW & {*vars(layer), *layer._buffers, *layer._parameters, *layer._modules}
+        if taken:
+            return f"it has a {min(taken)} of its own"
         owner = type(model.get_submodule(name.rpartition(".")[0]))
         if owner.__module__.startswith("torch.ao.nn.intrinsic.qat."):
             return f"{owner.__name__} around it reads its running_var"

@@ -102,6 +102,8 @@ def swap_layers(
     skip: Skip | Iterable[Skip],
     report: Callable[[Report], object] | None,
 ) -> nn.Module:
+    if not (report is None or callable(report)):
+        raise TypeError(f"report must be callable, such as print, got {report!r}")
     outcomes: list[Outcome] = []
     changes: list[Change] = []
     found = _find(model, before, _skips(skip))
@@ -137,7 +139,7 @@ def _find(
 ) -> list[tuple[nn.Module, tuple[str, ...], bool]]:
     """Every module of type `wanted`, with its names and whether one of them is to be skipped."""
     found: dict[int, tuple[nn.Module, list[str], list[bool]]] = {}
-    used: set[str] = set()
+    used: set[object] = set()
     for name, module, skipped in _walk(model, skips, used):
         if isinstance(module, wanted):
             _, names, skippeds = found.setdefault(id(module), (module, [], []))
@@ -148,13 +150,18 @@ def _find(
             raise ValueError(
                 f"skip must name modules of the model, got {pattern!r}, which none has"
             )
+        if isinstance(pattern, nn.Module) and pattern not in used:
+            raise ValueError(
+                f"skip must have modules of the model, got a {type(pattern).__name__} that is not "
+                "in it"
+            )
     return [(module, tuple(names), any(skipped)) for module, names, skipped in found.values()]
 
 
 def _walk(
-    model: nn.Module, skips: list[Skip], used: set[str]
+    model: nn.Module, skips: list[Skip], used: set[object]
 ) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Every path to every module. Notes in `used` which names and patterns fit one."""
+    """Every path to every module. Notes in `used` which names, patterns and modules fit one."""
 
     def matches(skip: Skip, name: str, module: nn.Module) -> bool:
         if isinstance(skip, str):
@@ -165,6 +172,8 @@ def _walk(
         if isinstance(skip, type):
             return isinstance(module, skip)
         if isinstance(skip, nn.Module):
+            if module is skip:
+                used.add(skip)
             return module is skip
         return bool(skip(name, module))
 

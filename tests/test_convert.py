@@ -372,10 +372,18 @@ def test_other_layers_without_a_counterpart_are_left_alone_aloud(change):
         with pytest.warns(UserWarning, match="a subclass with methods"):
             assert type(fold(OwnRenorm(3))) is OwnRenorm
         return
-    for frozen in (nn.BatchNorm1d(3), nn.BatchNorm1d(3)):
-        frozen.track_running_stats = False
-        with pytest.warns(UserWarning, match="track_running_stats does not say"):
-            assert type(convert(frozen)) is nn.BatchNorm1d
+    frozen = nn.BatchNorm1d(3)
+    frozen.track_running_stats = False
+    with pytest.warns(UserWarning, match="track_running_stats does not say"):
+        assert type(convert(frozen)) is nn.BatchNorm1d
+    for give in (
+        lambda m: setattr(m, "schedule", "of its own"),
+        lambda m: m.register_buffer("schedule", torch.ones(2)),
+        lambda m: m.add_module("schedule", nn.ReLU()),
+    ):
+        give(other := nn.BatchNorm1d(3))
+        with pytest.warns(UserWarning, match="it has a schedule of its own"):
+            assert type(convert(other)) is nn.BatchNorm1d
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:Please use quant:UserWarning")
@@ -446,6 +454,8 @@ def test_skip_takes_a_module_and_wins_for_shared_layers():
         ({"skip": "hed"}, ValueError, "skip must name modules of the model, got 'hed'"),
         ({"skip": [3]}, TypeError, "skip must be a name, .* got int"),
         ({"skip": 3}, TypeError, "skip must be a name, .* got int"),
+        ({"skip": nn.Linear(1, 1)}, ValueError, "skip must have modules .* got a Linear that is"),
+        ({"report": True}, TypeError, "report must be callable, such as print, got True"),
         ({"from_now": 1}, TypeError, "from_now must be a bool, got 1"),
         ({"skip_nonfinite": None}, TypeError, "skip_nonfinite must be a bool, got None"),
     ],
