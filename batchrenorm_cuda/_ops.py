@@ -101,6 +101,7 @@ def _(
         raise RuntimeError(NOT_IN_TRAINING.format("torch.onnx.export"))
     if running_mean is not None:
         checkpoint.check_traced(
+            forward,
             x,
             weight,
             bias,

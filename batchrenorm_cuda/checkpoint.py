@@ -145,14 +145,14 @@ def _contexts(frame: Any) -> Iterator[FunctionCtx]:
         frame = frame.f_back
 
 
-def _policy_saves(args: tuple) -> bool:
-    """Whether the selective checkpointing that a forward is traced under keeps its outputs."""
+def _policy_saves(op: Any, args: tuple) -> bool:
+    """Whether the selective checkpointing that an operator is traced under keeps its outputs."""
     frame = sys._getframe()
     while frame is not None:
         mode = frame.f_locals.get("self") if frame.f_code.co_name == "__torch_dispatch__" else None
         if isinstance(mode, checkpoint._CachingTorchDispatchMode):
             context = checkpoint.SelectiveCheckpointContext(is_recompute=False)
-            policy = mode.policy_fn(context, torch.ops.batchrenorm.forward.default, *args)
+            policy = mode.policy_fn(context, op, *args)
             saves = checkpoint.CheckpointPolicy.MUST_SAVE, checkpoint.CheckpointPolicy.PREFER_SAVE
             return policy is True or policy in saves
         frame = frame.f_back
@@ -176,12 +176,12 @@ def _traced_region() -> bool:
     return False
 
 
-def check_traced(*args: Any) -> None:
-    """Called while torch.compile traces the forward operator with these arguments, on
-    statistics."""
+def check_traced(op: Any, *args: Any) -> None:
+    """Called while torch.compile traces an operator that takes a training step, with these
+    arguments, on statistics."""
     if TracingContext.try_get() is None:
         return
-    if _traced_region() and not _policy_saves(args):
+    if _traced_region() and not _policy_saves(op, args):
         raise RuntimeError(
             "activation checkpointing and torch.compile together would repeat the forward of a "
             "BatchRenorm layer from moving statistics that it has moved already. Compile around "
@@ -225,12 +225,13 @@ def checkpoint_context_fn(
     traced = TracingContext.try_get() is not None
     if policy is None and not traced:
         return nullcontext(), nullcontext()
-    ours = torch.ops.batchrenorm.forward.default
+    operators = torch.ops.batchrenorm
+    ours = operators.forward.default, operators.training_step.default
     kinds = checkpoint.CheckpointPolicy
     save, recompute = kinds.MUST_SAVE, kinds.PREFER_RECOMPUTE
 
     def rule(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-        if op is ours:
+        if op in ours:
             return save if traced else recompute
         if callable(policy):
             return policy(context, op, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,8 @@ def batch_renorm(
         ValueError, TypeError: naming the argument and what it got, before anything has changed. One
             value per channel is refused in training.
     """
+    if running_mean is None and momentum is None:
+        momentum = 0.0  # nothing is averaged, so nothing is to be counted
     step = (
         running_mean,
         running_std,
@@ -137,15 +140,16 @@ def _trained(
     bias: Tensor | None,
     step: tuple,
     clipping: Tensor | None = None,
+    layer: Tensor | None = None,
 ) -> Tensor:
+    """`layer`: the moving mean that repetitions of a step are recognised by, if not that in
+    `step`."""
     if _is_jit_tracing():
         return _portable(x, weight, bias, True, step)
     if x.size(0) == 1 and x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
-    if step[0] is None:
-        return _step(x, weight, bias, step, None, None)
-    if checkpoint.may_repeat():
-        return _repeatable(x, weight, bias, True, step, clipping)
+    if step[0] is not None and checkpoint.may_repeat():
+        return _repeatable(x, weight, bias, True, step, clipping, layer)
     return _step(x, weight, bias, step, clipping, None)
 
 
@@ -181,11 +185,12 @@ def _repeatable(
     training: bool,
     step: tuple,
     clipping: Tensor | None,
+    layer: Tensor | None,
 ) -> Tensor:
     """Where this forward may run again, or is doing so: then it does what it did the first time,
     whatever the layer's mode is by now."""
     running_mean, running_std, _, _, _, eps, *_ = step
-    known, keep = checkpoint.repetition(running_mean)
+    known, keep = checkpoint.repetition(running_mean if layer is None else layer)
     with seen_to():
         if known is not None:
             if keep is not None:
@@ -211,7 +216,7 @@ def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple
     if _is_jit_tracing():
         return _portable(x, weight, bias, False, step)
     if checkpoint.may_repeat():
-        return _repeatable(x, weight, bias, False, step, None)
+        return _repeatable(x, weight, bias, False, step, None, None)
     return _inference(x, weight, bias, running_mean, running_std)
 
 
@@ -257,7 +262,7 @@ def _traced(
     if torch.compiler._is_exporting_flag:
         if not training or step[0] is None:
             return _portable(x, weight, bias, training, step)
-        return _training_step(x, weight, bias, *step)
+        return _recorded_step(x, weight, bias, step)
     if _transforms_are_active():
         # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and gives wrong
         # gradients for one without. It runs what raises here in eager mode, unless fullgraph=True.
@@ -271,8 +276,16 @@ def _traced(
         return RecordedTraining.apply(x, weight, bias, step, counting(clipping, step, None))
     if step[0] is not None and not torch.is_grad_enabled():
         # The first run of a reentrant checkpoint is without gradients, and to be written down.
-        return _training_step(x, weight, bias, *step)
+        return _recorded_step(x, weight, bias, step)
     return Training.apply(x, weight, bias, step)
+
+
+def _recorded_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
+    y, *moved = _training_step(x, weight, bias, *step)
+    for t, after in zip(step[:3], moved, strict=True):
+        if t is not None:
+            t.copy_(after)
+    return y
 
 
 def _portable(
@@ -286,34 +299,54 @@ def _portable(
     if running_mean is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps or no_eps)
     if training:
-        raise RuntimeError(_ops.NOT_IN_TRAINING.format("torch.jit.trace"))
+        onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+        recorder = "torch.onnx.export" if onnx else "torch.jit.trace"
+        raise RuntimeError(_ops.NOT_IN_TRAINING.format(recorder))
     variance = running_std.square()  # with eps in it
     return F.batch_norm(x, running_mean, variance, weight, bias, False, 0.0, no_eps)
 
 
 # What torch.export records of a training step: the forward operator with its gradient, so that an
-# exported model can be trained. And what torch.compile runs without gradients. Not what everyone
-# calls, as a kernel in Python costs 10 us.
+# exported model can be trained. And what torch.compile runs without gradients. It returns the new
+# running_mean, running_std and num_batches_tracked (empty for None) and changes nothing: torch
+# wraps an operator that does, in a decomposed program, into one that it compiles without gradients.
+# Not what everyone calls, as a kernel in Python costs 10 us.
 _library = torch.library.Library("batchrenorm", "FRAGMENT")
 _library.define(
-    str(_ops.forward._schema).replace("batchrenorm::forward", "training_step").split(" -> ")[0]
-    + " -> Tensor"
+    "training_step(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, "
+    "Tensor running_std, Tensor? num_batches_tracked, Tensor? schedule, float? momentum, "
+    "float eps, float r_max, float d_max, bool skip_nonfinite) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _training_step = torch.ops.batchrenorm.training_step.default
+_Stepped = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _on_copies(step: tuple, run: Callable[[tuple], Tensor]) -> _Stepped:
+    mean, std, counter = (None if t is None else t.detach().clone() for t in step[:3])
+    y = run((mean, std, counter, *step[3:]))
+    return y, mean, std, y.new_empty(0, dtype=torch.int64) if counter is None else counter
+
+
+def _trained_on_copies(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple
+) -> _Stepped:
+    layer = step[0]
+    return _on_copies(step, lambda step: _trained(x, weight, bias, step, layer=layer))
 
 
 @torch.library.impl(_library, "training_step", "CompositeExplicitAutograd")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> _Stepped:
     if type(x) is Tensor:
-        return _trained(x, weight, bias, step)
-    return _ops.forward(x, weight, bias, *step)[0]
+        return _trained_on_copies(x, weight, bias, step)
+    checkpoint.check_traced(_training_step, x, weight, bias, *step)
+    return _on_copies(step, lambda step: _ops.forward(x, weight, bias, *step)[0])
 
 
 @torch.library.impl(_library, "training_step", "Autograd")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> _Stepped:
     if type(x) is Tensor:
-        return _trained(x, weight, bias, step)
+        return _trained_on_copies(x, weight, bias, step)
     if wants_gradient(x, weight, bias):  # traced, by AOTAutograd
-        return Training.apply(x, weight, bias, step)
+        return _on_copies(step, lambda step: Training.apply(x, weight, bias, step))
     with torch._C._AutoDispatchBelowAutograd():
         return _training_step(x, weight, bias, *step)

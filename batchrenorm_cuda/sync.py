@@ -30,6 +30,14 @@ from .modules import _BatchRenorm
 from .schedule import RenormSchedule
 
 
+def check_group(group: Any) -> None:
+    """Raises for what is no process group, nor what torch gives to a process outside of one."""
+    known = (dist.ProcessGroup,) if dist.is_available() else ()
+    outside = dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
+    if not (group is None or outside or isinstance(group, known)):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {group!r}")
+
+
 class SyncBackward(Function):
     """dx (None unless asked for), dweight and dbias. It cannot be differentiated again."""
 
@@ -203,7 +211,9 @@ class SyncBatchRenorm(_BatchRenorm):
         and memory format. Processes may differ in everything but C and dtype. One value per channel
         is allowed here, as others may have more.
 
-    State and state_dict are those of :class:`BatchRenorm1d`.
+    State and state_dict are those of :class:`BatchRenorm1d`. A copy has the same group. A layer
+    with a group cannot be pickled, as a SyncBatchNorm cannot: save its state_dict, or set its
+    process_group to None before.
 
     Raises:
         ValueError, TypeError: as :class:`BatchRenorm1d`, before anything is exchanged; for a group
@@ -229,6 +239,7 @@ class SyncBatchRenorm(_BatchRenorm):
         schedule: RenormSchedule = RenormSchedule(),  # noqa: B008  immutable
         skip_nonfinite: bool = False,
     ) -> None:
+        check_group(process_group)
         super().__init__(
             num_features,
             eps,
@@ -268,12 +279,14 @@ class SyncBatchRenorm(_BatchRenorm):
         if world == 1 or isinstance(input, Proxy):
             return super().forward(input)
         self._check_input_dim(input)
+        statistics = self.running_mean, self.running_std, self.num_batches_tracked
+        tracks = self.running_mean is not None
+        if tracks and not self.track_running_stats:
+            statistics = tuple([t.clone() for t in statistics])
         step = (
-            self.running_mean,
-            self.running_std,
-            self.num_batches_tracked,
+            *statistics,
             self.schedule,
-            self.momentum,
+            self.momentum if tracks else 0.0,
             self.eps,
             1.0,  # limits without a schedule, and so without moving statistics
             0.0,

@@ -194,8 +194,8 @@ def equals_one_process_without_weight_bias_or_statistics(rank: Rank) -> None:
     shares = shares_of(rank.world)[1]
     assert_equals_one_process(rank, shares, (3,), torch.float64, affine=False)
     assert_equals_one_process(rank, shares, (3,), torch.float64, bias=False)
-    for dtype in (torch.float32, torch.float64):
-        sync, alone = pair(3, dtype, track_running_stats=False)
+    for dtype, momentum in ((torch.float32, 0.1), (torch.float64, None)):
+        sync, alone = pair(3, dtype, track_running_stats=False, momentum=momentum)
         whole, dy = draw(shares, (3,), dtype)
         wanted = train(alone, whole, dy)
         found = train(sync, mine(rank, whole, shares), mine(rank, dy, shares))
