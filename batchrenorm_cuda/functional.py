@@ -111,6 +111,21 @@ def batch_renorm(
         d_max,
         skip_nonfinite,
     )
+    return normalise(x, weight, bias, training, step, clipping)
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    step: tuple,
+    clipping: Tensor | None,
+    layer: Tensor | None = None,
+) -> Tensor:
+    """What :func:`batch_renorm` does, with what the forward operator takes after bias as a tuple.
+    `layer`: the moving mean that repetitions by activation checkpointing are recognised by, if
+    those in `step` are copies."""
     if torch.compiler.is_compiling():
         check_arguments(x, weight, bias, training, *step[:8])
         return _traced(x, _wide(weight, x), _wide(bias, x), training, step, clipping)
@@ -119,7 +134,7 @@ def batch_renorm(
         if _transforms_are_active() or forward_ad._current_level >= 0:
             return _transformed(x, weight_, bias_, training, step)
         if training:
-            return _trained(x, weight_, bias_, step, clipping)
+            return _trained(x, weight_, bias_, step, clipping, layer)
         return _inferred(x, weight_, bias_, step)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         # Bad arguments are refused below, cheaply and before anything changes; this names the one.
@@ -142,8 +157,6 @@ def _trained(
     clipping: Tensor | None = None,
     layer: Tensor | None = None,
 ) -> Tensor:
-    """`layer`: the moving mean that repetitions of a step are recognised by, if not that in
-    `step`."""
     if _is_jit_tracing():
         return _portable(x, weight, bias, True, step)
     if x.size(0) == 1 and x.numel() == x.size(1):

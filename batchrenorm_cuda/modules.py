@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from ._ops import statistic_dtype
 from .arguments import FLOATS, check_flags, check_numbers
 from .clipping import Clipping, new_counts
-from .functional import batch_renorm
+from .functional import normalise
+from .repeats import copies
 from .schedule import RenormSchedule, require_steps_per_update
 
 
@@ -212,22 +213,27 @@ class _BatchRenorm(nn.Module):
         # that is not there is parametrized.
         buffers, parameters = self._buffers, self._parameters
         statistics = buffers["running_mean"], buffers["running_std"], buffers["num_batches_tracked"]
-        if self.training and not self.track_running_stats and statistics[0] is not None:
-            statistics = tuple([t.clone() for t in statistics])
-        running_mean, running_std, num_batches_tracked = statistics
-        return batch_renorm(
+        running_mean = statistics[0]
+        tracks = running_mean is not None
+        training = self.training
+        if training and tracks and not self.track_running_stats:
+            statistics = copies(*statistics)
+        return normalise(
             input,
-            running_mean,
-            running_std,
             parameters["weight"] if "weight" in parameters else self.weight,
             parameters["bias"] if "bias" in parameters else self.bias,
-            (self.training and not self.statistics_frozen) or running_mean is None,
-            self.momentum,
-            self.eps,
-            num_batches_tracked=num_batches_tracked,
-            schedule=buffers["schedule"],
-            skip_nonfinite=self.skip_nonfinite,
-            clipping=self._clipping,
+            (training and not self.statistics_frozen) or not tracks,
+            (
+                *statistics,
+                buffers["schedule"],
+                self.momentum if tracks else 0.0,
+                self.eps,
+                3.0,
+                5.0,
+                self.skip_nonfinite,
+            ),
+            self._clipping,
+            running_mean,
         )
 
     def __prepare_scriptable__(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _ops, checkpoint
 from .autograd import apply_inference, apply_repeated_training, wants_gradient
+
+
+def copies(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies that selective checkpointing, which numbers the calls of each operator, does not see:
+    a repetition may make others, or none."""
+    eager = not torch.compiler.is_compiling() and checkpoint.may_repeat()
+    with _disable_current_modes() if eager else nullcontext(), torch.no_grad():
+        return tuple([t.clone() for t in tensors])
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,7 @@ class InferenceRepeat:
 
     @classmethod
     def by(cls, running_mean: Tensor, running_std: Tensor) -> InferenceRepeat:
-        # Copies that selective checkpointing, which numbers the calls of each operator, does not
-        # see: a repetition makes none.
-        with _disable_current_modes(), torch.no_grad():
-            return cls(running_mean.clone(), running_std.clone())
+        return cls(*copies(running_mean, running_std))
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         forward = apply_inference if wants_gradient(x, weight, bias) else _ops.inference

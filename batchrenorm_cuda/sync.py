@@ -27,6 +27,7 @@ from .clipping import counting
 from .functional import _transforms_are_active, _wide
 from .lazy import _LazyBatchRenorm
 from .modules import _BatchRenorm
+from .repeats import copies
 from .schedule import RenormSchedule
 
 
@@ -139,6 +140,7 @@ def _trained(
     clipping: Tensor | None,
     group: Any,
     world: int,
+    layer: Tensor | None,
 ) -> Tensor:
     if _transforms_are_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
@@ -156,7 +158,7 @@ def _trained(
     running_mean, running_std, *_ = step
     keep = None
     if running_mean is not None and checkpoint.may_repeat():
-        known, keep = checkpoint.repetition(running_mean)
+        known, keep = checkpoint.repetition(layer)
         if known is not None:
             if keep is not None:
                 keep(known)
@@ -282,7 +284,7 @@ class SyncBatchRenorm(_BatchRenorm):
         statistics = self.running_mean, self.running_std, self.num_batches_tracked
         tracks = self.running_mean is not None
         if tracks and not self.track_running_stats:
-            statistics = tuple([t.clone() for t in statistics])
+            statistics = copies(*statistics)
         step = (
             *statistics,
             self.schedule,
@@ -293,7 +295,14 @@ class SyncBatchRenorm(_BatchRenorm):
             self.skip_nonfinite,
         )
         return _trained(
-            input, self.weight, self.bias, step, self._clipping, self.process_group, world
+            input,
+            self.weight,
+            self.bias,
+            step,
+            self._clipping,
+            self.process_group,
+            world,
+            self.running_mean,
         )
 
 

@@ -84,6 +84,12 @@ def limits(model):
     set_limits(model, 1.0, 0.0)
 
 
+def tracking(on, model):
+    """As virtual adversarial training switches it off and on."""
+    for layer in (model[1], model[4]):
+        layer.track_running_stats = on
+
+
 def another_step(model):
     model(batch(1))
 
@@ -102,13 +108,25 @@ CHANGES = {
     "momentum": momentum,
     "eps": eps,
     "limits": limits,
+    "tracking": partial(tracking, True),
+    "no tracking": partial(tracking, False),
     "another step": another_step,
     "evaluation": evaluation,
 }
 AFTER = {
-    "train": ("eval", "freeze", "one of two frozen", "momentum", "eps", "limits", "another step"),
+    "train": (
+        "eval",
+        "freeze",
+        "one of two frozen",
+        "momentum",
+        "eps",
+        "limits",
+        "no tracking",
+        "another step",
+    ),
     "eval": ("train", "freeze", "eps", "evaluation"),
     "freeze": ("unfreeze", "eval"),
+    "no tracking": ("no tracking", "tracking", "eval"),
 }
 
 
