@@ -165,8 +165,9 @@ def _trained(
             return known(x, weight, bias)
         checkpoint.warn_of_new_step()
     count = None if clipping is None else counting(clipping, step, None)
+    wants = wants_gradient(x, weight, bias)
     with torch.no_grad():
-        merged = _merged(x, step, group, world, wants_gradient(x, weight, bias))
+        merged = _merged(x, step, group, world, wants)
     if count is not None:
         count(merged[0])
     repeat = SyncRepeat(*merged, group)
