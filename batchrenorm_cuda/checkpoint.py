@@ -25,7 +25,8 @@ make.
 Code that torch.compile has made runs none of this. There the operators themselves ask, where they
 find that their thread is in a backward pass or under saved-tensor hooks: repeats.py. What they
 cannot repeat is an error. A CUDA graph calls no operator when it is replayed: one that was captured
-before, outside of any region, is a new step each time, seen by nobody.
+before, outside of any region, is a new step each time, seen by nobody. Nor is compiled inference in
+the first run of a reentrant region: its repetition takes the statistics of its own time.
 
 Where torch.compile sees the checkpoint itself, compiled around it, torch decides what is
 recomputed, and does not see that the statistics have moved in between. Checkpointing must then save

@@ -212,7 +212,7 @@ def _repeatable(
         if not training:
             if keep is not None:
                 keep(InferenceRepeat.by(running_mean, running_std))
-            return _inference(x, weight, bias, running_mean, running_std)
+            return InferenceRepeat(running_mean, running_std)(x, weight, bias)
         checkpoint.warn_of_new_step()
         if keep is None:
             return _step(x, weight, bias, step, clipping, None)
@@ -230,18 +230,9 @@ def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple
         return _portable(x, weight, bias, False, step)
     if checkpoint.may_repeat():
         return _repeatable(x, weight, bias, False, step, None, None)
-    return _inference(x, weight, bias, running_mean, running_std)
-
-
-def _inference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_std: Tensor,
-) -> Tensor:
-    forward = apply_inference if wants_gradient(x, weight, bias) else _ops.inference
-    return forward(x, weight, bias, running_mean, running_std)
+    if wants_gradient(x, weight, bias):
+        return apply_inference(x, weight, bias, running_mean, running_std)
+    return _ops.inference(x, weight, bias, running_mean, running_std)
 
 
 def _transformed(

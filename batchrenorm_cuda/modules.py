@@ -212,28 +212,29 @@ class _BatchRenorm(nn.Module):
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. A weight
         # that is not there is parametrized.
         buffers, parameters = self._buffers, self._parameters
-        statistics = buffers["running_mean"], buffers["running_std"], buffers["num_batches_tracked"]
-        running_mean = statistics[0]
-        tracks = running_mean is not None
+        layer = mean = buffers["running_mean"]
+        std, counter = buffers["running_std"], buffers["num_batches_tracked"]
         training = self.training
-        if training and tracks and not self.track_running_stats:
-            statistics = copies(*statistics)
+        if training and not self.track_running_stats and mean is not None:
+            mean, std, counter = copies(mean, std, counter)
         return normalise(
             input,
             parameters["weight"] if "weight" in parameters else self.weight,
             parameters["bias"] if "bias" in parameters else self.bias,
-            (training and not self.statistics_frozen) or not tracks,
+            (training and not self.statistics_frozen) or mean is None,
             (
-                *statistics,
+                mean,
+                std,
+                counter,
                 buffers["schedule"],
-                self.momentum if tracks else 0.0,
+                0.0 if mean is None else self.momentum,
                 self.eps,
                 3.0,
                 5.0,
                 self.skip_nonfinite,
             ),
             self._clipping,
-            running_mean,
+            layer,
         )
 
     def __prepare_scriptable__(self) -> None:

@@ -44,16 +44,21 @@ class TrainingRepeat:
         return _ops.renormalize(x, weight, bias, self.stats)
 
 
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
 @dataclass(frozen=True)
 class InferenceRepeat:
     """Inference by the moving statistics of that time."""
 
     running_mean: Tensor
     running_std: Tensor
+    version: int | None = None  # of the layer's, which changes with them
 
     @classmethod
     def by(cls, running_mean: Tensor, running_std: Tensor) -> InferenceRepeat:
-        return cls(*copies(running_mean, running_std))
+        return cls(*copies(running_mean, running_std), _version(running_mean))
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         forward = apply_inference if wants_gradient(x, weight, bias) else _ops.inference
@@ -105,6 +110,11 @@ def _recalled(running_mean: Tensor, training: bool) -> Tensor | None:
             f"activation checkpointing repeats in {now} mode what a compiled BatchRenorm layer did "
             f"in {was} mode: model.train(), model.eval() or freeze_statistics came in between, and "
             "compiled code does what it was compiled for. Call it after the backward pass"
+        )
+    if known is not None and known.version != _version(running_mean):
+        raise RuntimeError(
+            "activation checkpointing repeats the inference of a compiled BatchRenorm layer, whose "
+            "moving statistics have changed in between. Change them after the backward pass"
         )
     if training:
         if any(checkpoint.is_of_torch(region) for region, _ in again):

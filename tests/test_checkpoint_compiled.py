@@ -293,6 +293,39 @@ def test_a_mode_that_changes_under_compiled_code_is_an_error(pair, before, after
     torch.testing.assert_close(pair.model.state_dict(), state, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("step", ["compiled", "eager"])
+def test_inference_by_statistics_that_move_under_compiled_code_is_an_error(pair, step, grad):
+    """As it is without checkpointing, from autograd."""
+    pair.model.eval()
+    y = checkpoint(pair.compiled, batches()[0], use_reentrant=False)
+    pair.model.train()
+    with torch.set_grad_enabled(grad):
+        (pair.compiled if step == "compiled" else pair.model)(batches()[1])
+    pair.model.eval()
+    with pytest.raises(RuntimeError, match="moving statistics have changed in between"):
+        backward(y)
+
+
+@without_policy
+@silent
+def test_a_part_without_gradients_is_repeated_too(pair, kind):
+    """It moves statistics by another operator, which gives compiled code copies of them."""
+
+    def part(f):
+        def region(x):
+            with torch.no_grad():
+                t = f(x)
+            return x.mean() * t.sin()
+
+        return region
+
+    xs, twin, zs = batches(), blocks(), batches()
+    outstanding(lambda x: checkpoint(part(pair.compiled), x, **KINDS[kind]), xs)
+    outstanding(part(twin), zs)
+    torch.testing.assert_close(results(pair.model, xs), results(twin, zs), rtol=1e-4, atol=1e-4)
+
+
 @without_policy
 def test_what_cannot_be_recognised_is_an_error(kind):
     """aot_eager gives the operator copies of moving statistics."""

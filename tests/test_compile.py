@@ -317,6 +317,35 @@ def test_compiled_checkpointing_that_saves_the_layer_is_exact(policy, backend):
     )
 
 
+def part_without_gradients(layer, x):
+    with torch.no_grad():
+        t = layer(x)
+    return (x * t).sin() * t
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_checkpointing_of_a_part_without_gradients(backend):
+    """Another operator takes the step there, which is to be saved too."""
+    policies = {"ours": POLICIES["ours alone"], "by hand": POLICIES["by hand"]}
+    dy = torch.randn(4, 4, 5, 5)
+    for policy, context_fn in policies.items():
+        torch._dynamo.reset()
+        layer, twin = blocks()[1], blocks()[1]
+        x = torch.randn(4, 4, 5, 5, requires_grad=True)
+        z = x.detach().clone().requires_grad_()
+        options = {"use_reentrant": False, "context_fn": context_fn}
+        call = functools.partial(checkpoint, part_without_gradients, layer, **options)
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        if policy == "by hand":  # and does not save it
+            with pytest.raises(Exception, match="statistics that it has moved already"):
+                compiled(x)
+            continue
+        compiled(x).backward(dy)
+        part_without_gradients(twin, z).backward(dy)
+        torch.testing.assert_close(x.grad, z.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
+
+
 def test_what_was_compiled_before_is_repeated_rightly_with_the_policy():
     """Not by the policy alone: tests/test_checkpoint_compiled.py does without."""
     model, twin = blocks(), blocks()
