@@ -104,17 +104,20 @@ def _recalled(running_mean: Tensor, training: bool) -> Tensor | None:
     known = checkpoint.read(running_mean, again)
     if training and isinstance(known, TrainingRepeat):
         return known.stats.clone()
-    if known is not None and (training or not isinstance(known, InferenceRepeat)):
+    if not training and isinstance(known, InferenceRepeat):
+        if known.version != _version(running_mean):
+            raise RuntimeError(
+                "activation checkpointing repeats the inference of a compiled BatchRenorm layer, "
+                "whose moving statistics have changed in between. Change them after the backward "
+                "pass"
+            )
+        return None
+    if known is not None:
         was, now = ("inference", "training") if training else ("training", "inference")
         raise RuntimeError(
             f"activation checkpointing repeats in {now} mode what a compiled BatchRenorm layer did "
             f"in {was} mode: model.train(), model.eval() or freeze_statistics came in between, and "
             "compiled code does what it was compiled for. Call it after the backward pass"
-        )
-    if known is not None and known.version != _version(running_mean):
-        raise RuntimeError(
-            "activation checkpointing repeats the inference of a compiled BatchRenorm layer, whose "
-            "moving statistics have changed in between. Change them after the backward pass"
         )
     if training:
         if any(checkpoint.is_of_torch(region) for region, _ in again):
