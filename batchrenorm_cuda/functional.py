@@ -285,6 +285,7 @@ def _traced(
 
 
 def _recorded_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
+    """By an operator that changes nothing: the program writes its results back."""
     y, *moved = _training_step(x, weight, bias, *step)
     for t, after in zip(step[:3], moved, strict=True):
         if t is not None:
