@@ -130,7 +130,9 @@ def normalise(
         check_arguments(x, weight, bias, training, *step[:8])
         return _traced(x, _wide(weight, x), _wide(bias, x), training, step, clipping)
     try:
-        weight_, bias_ = _wide(weight, x), _wide(bias, x)
+        # Two calls less for what is nearly always so.
+        weight_ = weight if weight is None or weight.dtype not in HALVES else _wide(weight, x)
+        bias_ = bias if bias is None or bias.dtype not in HALVES else _wide(bias, x)
         if _transforms_are_active() or forward_ad._current_level >= 0:
             return _transformed(x, weight_, bias_, training, step)
         if training:
