@@ -36,13 +36,15 @@ def _explain(args: argparse.Namespace) -> int:
         if args.json is not None:
             args.json.write_text(explain.as_json(rows, args.device_like) + "\n")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(explain.text(rows, args.device_like))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: not 0 if something is wrong."""
+    """Runs one command and returns its exit status: 1 if something is wrong, 2 with the arguments
+    themselves."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["parity"]:  # has a parser of its own
         from . import parity

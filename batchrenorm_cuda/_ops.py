@@ -14,8 +14,6 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from . import checkpoint
-
 try:
     from . import _C  # noqa: F401  registers the operators
 except ImportError as error:
@@ -24,6 +22,8 @@ except ImportError as error:
         "tree, where the torch that it is to run with is installed: "
         "pip install --no-build-isolation ."
     ) from error
+
+from . import checkpoint
 
 forward = torch.ops.batchrenorm.forward.default
 backward = torch.ops.batchrenorm.backward.default
@@ -101,6 +101,7 @@ def _(
         raise RuntimeError(NOT_IN_TRAINING.format("torch.onnx.export"))
     if running_mean is not None:
         checkpoint.check_traced(
+            forward,
             x,
             weight,
             bias,

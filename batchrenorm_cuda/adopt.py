@@ -439,7 +439,7 @@ def _state(
                 f"the moving {key} of {layer} must be {wanted}, got "
                 f"{t[~right][0].item()} in {int((~right).sum())} of {t.numel()} channels"
             )
-    steps = torch.zeros(()) if steps is None else steps.reshape(())
+    steps = std.new_zeros(()) if steps is None else steps.reshape(())
     state["num_batches_tracked"] = steps.to(std.device, torch.int64)
     state["schedule"] = schedule.as_tensor(std.device)
     return state
@@ -475,7 +475,7 @@ def _tensor(value: Any, name: str) -> Tensor:
             if str(value.dtype) in ("float16", "bfloat16"):  # the latter of which torch cannot read
                 value = value.astype("float32")
         try:
-            t = torch.tensor(value)
+            t = torch.tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be an array, got {type(value).__name__}") from None
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

@@ -47,6 +47,12 @@ def _require_beside(t: Tensor, x: Tensor, name: str, dtypes: tuple) -> None:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
 
 
+def check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
 def check_numbers(
     momentum: float | None, eps: float, r_max: float = 1.0, d_max: float = 0.0
 ) -> None:

@@ -21,6 +21,14 @@ from .derivatives import BatchStatistics, Derivatives, MovingStatistics
 Gradients = tuple[Tensor | None, ...]
 
 
+def wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+
+
 def _needed(ctx: Any, gradients: Gradients) -> Gradients:
     """Gradients of the first inputs, None for those that nobody asked for and for the inputs after
     them."""
@@ -65,8 +73,7 @@ class Training(Function):
 
 
 class RecordedTraining(Function):
-    """A training step whose stats `keep` is called with. With `known`, the stats of an earlier
-    forward, that forward is repeated: statistics are not taken again and nothing moves."""
+    """A training step whose stats `keep` is called with, before anything is saved."""
 
     @staticmethod
     def forward(
@@ -75,22 +82,39 @@ class RecordedTraining(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         step: tuple[Any, ...],
-        known: Tensor | None,
-        keep: Callable[[Tensor], None] | None,
+        keep: Callable[[Tensor], None],
     ) -> Tensor:
-        if known is None:
-            y, stats = _ops.forward(x, weight, bias, *step)
-        else:
-            y, stats = _ops.renormalize(x, weight, bias, known), known
-        if keep is not None:
-            keep(stats)
+        y, stats = _ops.forward(x, weight, bias, *step)
+        keep(stats)
         ctx.save_for_backward(x, weight, stats)
         ctx.eps = step[5]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        return *_training_gradients(ctx, dy), None, None, None
+        return *_training_gradients(ctx, dy), None, None
+
+
+class RepeatedTraining(Function):
+    """A training step with the stats of an earlier one: statistics are not taken again, and nothing
+    moves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, stats)
+        ctx.eps = eps
+        return _ops.renormalize(x, weight, bias, stats)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        return *_training_gradients(ctx, dy), None, None
 
 
 class Inference(Function):
@@ -126,6 +150,7 @@ class Inference(Function):
 # for callers that have made sure that there are none.
 apply_training = super(Function, Training).apply
 apply_recorded_training = super(Function, RecordedTraining).apply
+apply_repeated_training = super(Function, RepeatedTraining).apply
 apply_inference = super(Function, Inference).apply
 
 

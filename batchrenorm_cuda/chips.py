@@ -47,10 +47,11 @@ def find(device_like: str) -> Chip:
     """
     if device_like in CHIPS:
         return CHIPS[device_like]
-    if device_like.isdecimal() and int(device_like) > 0:
+    if device_like.isdecimal() and 0 < int(device_like) < 65536:
         h200 = CHIPS["h200"]
         part = int(device_like) / h200.sm_count
         return Chip(int(device_like), h200.bandwidth * part, h200.l2 * part)
     raise ValueError(
-        f"device_like must be a number of SMs or one of {', '.join(CHIPS)}, got {device_like!r}"
+        f"device_like must be a number of SMs below 65536 or one of {', '.join(CHIPS)}, got "
+        f"{device_like!r}"
     )

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from .arguments import HALVES, check_numbers
+from .arguments import HALVES, check_flags, check_numbers
 from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d, _LazyBatchRenorm
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm, _require_schedule
 from .schedule import RenormSchedule
 from .swap import BUFFERS, Change, Report, Skip, class_of, like, swap_layers
-from .sync import LazySyncBatchRenorm, SyncBatchRenorm
+from .sync import LazySyncBatchRenorm, SyncBatchRenorm, check_group
 
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchRenorm1d,
@@ -34,7 +34,13 @@ COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm3d: LazyBatchRenorm3d,
 }
 
+# What has been made of a buffer, so that layers that share one share what is made of it.
+Ties = dict[tuple[Any, ...], Any]
+
 _RENORM_ATTRIBUTES = vars(BatchRenorm1d(1)).keys() - vars(nn.BatchNorm1d(1)).keys()
+
+
+_NEW = {"running_std", "schedule", *_RENORM_ATTRIBUTES}
 
 
 def convert(
@@ -51,20 +57,21 @@ def convert(
 
     BatchNorm1d, 2d, 3d, SyncBatchNorm and the lazy ones become BatchRenorm1d, 2d, 3d,
     SyncBatchRenorm (with the same process_group) and LazyBatchRenorm1d, 2d, 3d, wherever they are,
-    the root included. Layers stay the same
-    objects and have the same Parameters, so an optimiser may have been made before; eps,
-    statistics, counter, affine, track_running_stats, dtype, device, requires_grad, training mode,
-    hooks and parametrizations stay as they are. Inference stays the same, as running_std =
-    sqrt(running_var + eps). Statistics of half-precision layers become float32. State_dicts of the
-    model from before still load.
+    the root included. Layers stay the same objects and have the same Parameters, so an optimiser
+    may have been made before; eps, statistics, counter, affine, track_running_stats, dtype, device,
+    requires_grad, training mode, hooks and parametrizations stay as they are. What layers share
+    they go on sharing: layers, Parameters, and statistics if eps is the same. Inference stays the
+    same, as running_std = sqrt(running_var + eps). Statistics of half-precision layers become
+    float32. State_dicts of the model from before still load.
 
     Convert before compiling, and before wrapping in DistributedDataParallel or FSDP, which make
     lists of the buffers.
 
     A subclass of a BatchNorm is left alone, with a warning, unless all that it has of its own is a
     constructor. So is a layer with statistics that it does not update (track_running_stats set to
-    False after construction), which has no counterpart. A module that reads running_var of a
-    BatchNorm inside it, as torch.ao's fused ones do, has to be skipped.
+    False after construction), which is there to normalise by the batch alone, and one inside a
+    fused module of torch.ao for training, which reads its running_var. A module of your own that
+    does so has to be skipped.
 
     Args:
         model: any module; its BatchNorms may be shared or nested.
@@ -87,14 +94,17 @@ def convert(
 
     Raises:
         ValueError, TypeError: naming the argument or the layer and what it got, before anything has
-            changed: for statistics that are not finite, a running_var < 0, a name in `skip` that
-            nothing has, or a model that is wrapped already.
+            changed: for statistics that are not finite, a running_var or num_batches_tracked < 0, a
+            name or module in `skip` that the model does not have, or a model that is wrapped
+            already.
     """
     _require_model(model)
     _require_schedule(schedule)
-    _require_flags(from_now=from_now, skip_nonfinite=skip_nonfinite)
+    check_flags(from_now=from_now, skip_nonfinite=skip_nonfinite)
     if momentum != "keep":
         check_numbers(momentum=momentum, eps=0.0)  # type: ignore[arg-type]
+
+    ties: Ties = {}
 
     def plan(layer: nn.Module, name: str) -> Change | str:
         own = class_of(layer)
@@ -104,6 +114,12 @@ def convert(
             return "a subclass with methods of its own"
         if "forward" in vars(layer):
             return "its forward has been replaced"
+        taken = _NEW & {*vars(layer), *layer._buffers, *layer._parameters, *layer._modules}
+        if taken:
+            return f"it has a {min(taken)} of its own"
+        owner = type(model.get_submodule(name.rpartition(".")[0]))
+        if owner.__module__.startswith("torch.ao.nn.intrinsic.qat."):
+            return f"{owner.__name__} around it reads its running_var"
         tracks = layer._buffers.get("running_mean") is not None
         if tracks != layer.track_running_stats or tracks != (layer.running_var is not None):
             return "track_running_stats does not say whether it has statistics"
@@ -111,10 +127,10 @@ def convert(
             return "its statistics are parametrized"
         limits = schedule
         if from_now and tracks:
-            limits = _later(schedule, layer.num_batches_tracked)
+            limits = _later(schedule, layer._buffers.get("num_batches_tracked"))
         keeps = momentum == "keep" or layer.momentum is None
         return _to_renorm(
-            layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite
+            layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
         )
 
     return swap_layers(model, "BatchNorm", _BatchNorm, _BatchRenorm, plan, skip, report)
@@ -140,8 +156,9 @@ def fold(
     running_std is less than sqrt(eps): it is then lowered to the square of the least one, as no
     variance is negative. So give eps along when only the state_dict is passed on.
 
-    A half-precision weight and bias become float32: torch wants them of the dtype of the
-    statistics, which do not fit in less. The output is half precision all the same.
+    A half-precision weight and bias become float32, in place, as by .float(): torch wants them of
+    the dtype of the statistics, which do not fit in less. The output is half precision all the
+    same.
 
     Args:
         model, skip, report: as in :func:`convert`. Subclasses of BatchRenorm1d, ... are left alone,
@@ -154,6 +171,7 @@ def fold(
     """
     _require_model(model)
     back = {after: before for before, after in COUNTERPARTS.items()}
+    ties: Ties = {}
 
     def plan(layer: nn.Module, name: str) -> Change | str:
         base = _plain_base(class_of(layer))
@@ -161,7 +179,7 @@ def fold(
             return "a subclass with methods of its own"
         if "forward" in vars(layer):
             return "its forward has been replaced"
-        return _to_norm(layer, name, back[base])
+        return _to_norm(layer, name, back[base], ties)
 
     return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchNorm, plan, skip, report)
 
@@ -204,6 +222,7 @@ def convert_sync(
         ValueError, TypeError: as :func:`convert`, before anything has changed.
     """
     _require_model(model)
+    check_group(process_group)
 
     def plan(layer: nn.Module, name: str) -> Change | str:
         base = _plain_base(class_of(layer))
@@ -213,7 +232,7 @@ def convert_sync(
             return "its forward has been replaced"
         cls = like(layer, _SYNCHRONISED[base])
         buffers = {name: t for name, t in layer._buffers.items() if name in BUFFERS}
-        return Change(layer, cls, {"process_group": process_group}, set(), buffers, {}, {})
+        return Change(layer, cls, {"process_group": process_group}, set(), buffers, {})
 
     return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchRenorm, plan, skip, report)
 
@@ -227,12 +246,6 @@ def _require_model(model: Any) -> None:
                 "model must not be wrapped yet, got a DistributedDataParallel, which would not "
                 "know the new buffers"
             )
-
-
-def _require_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 _INERT = {
@@ -283,6 +296,7 @@ def _to_renorm(
     schedule: RenormSchedule,
     momentum: float | None,
     skip_nonfinite: bool,
+    ties: Ties,
 ) -> Change:
     dtype, device = _dtype_and_device(layer)
     size = () if issubclass(cls, _LazyBatchRenorm) else (layer.num_features,)
@@ -302,19 +316,22 @@ def _to_renorm(
         raise type(error)(f"{name or 'model'}: {error}") from None
     buffers = dict(fresh._buffers)
     if layer.track_running_stats:
-        if layer.num_batches_tracked is not None:
-            buffers["num_batches_tracked"] = layer.num_batches_tracked
-        if not is_lazy(layer.running_var):
-            prefix = f"{name}." if name else ""
-            state = {f"{prefix}{n}": layer._buffers[n] for n in ("running_mean", "running_var")}
-            fresh._adopt(state, prefix)
-            buffers |= {n: state[f"{prefix}{n}"] for n in ("running_mean", "running_std")}
+        prefix = f"{name}." if name else ""
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        own = {n: layer._buffers.get(n) for n in names}  # old pickles have no counter
+        own = {n: t for n, t in own.items() if t is not None and not is_lazy(t)}
+        state = {f"{prefix}{n}": t for n, t in own.items()}
+        fresh._adopt(state, prefix)
+        for before, source in own.items():
+            n, eps = ("running_std", layer.eps) if before == "running_var" else (before, None)
+            made_of = id(source), eps, buffers[n].dtype
+            buffers[n] = ties.setdefault(made_of, state[f"{prefix}{n}"])
     settings = {k: vars(fresh)[k] for k in _RENORM_ATTRIBUTES} | {"momentum": momentum}
     renamed = {"running_var": "running_std"}
-    return Change(layer, like(layer, cls), settings, set(), buffers, renamed, {})
+    return Change(layer, like(layer, cls), settings, set(), buffers, renamed)
 
 
-def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
+def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module], ties: Ties) -> Change:
     where = f"{name}." if name else ""
     buffers = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
     # torch 2.11 does not infer with an eps of 0. Added to a variance this one is nothing.
@@ -325,9 +342,12 @@ def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
         buffers["running_var"] = std
         buffers["num_batches_tracked"] = layer.num_batches_tracked
         if not is_lazy(std):
-            buffers["running_var"], eps = _variance(std, eps, f"{where}running_std")
+            made_of = id(std), eps
+            if made_of not in ties:
+                ties[made_of] = _variance(std, eps, f"{where}running_std")
+            buffers["running_var"], eps = ties[made_of]
 
-    parameters: dict[str, nn.Parameter] = {}
+    wide: dict[nn.Parameter, Tensor] = {}
     if layer.running_mean is not None:
         for key in ("weight", "bias"):
             p = getattr(layer, key)
@@ -337,16 +357,14 @@ def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module]) -> Change:
                 raise ValueError(
                     f"{where}{key} must not be parametrized to become float32, got {p.dtype}"
                 )
-            if is_lazy(p):
-                parameters[key] = UninitializedParameter(p.requires_grad, p.device, torch.float32)
-            else:
-                parameters[key] = nn.Parameter(p.detach().float(), p.requires_grad)
+            with torch.no_grad():
+                wide[p] = p.float()
     settings: dict[str, Any] = {"eps": eps}
     if cls is nn.SyncBatchNorm:
         settings["process_group"] = getattr(layer, "process_group", None)
     renamed = {"running_std": "running_var"}
     obsolete = set(_RENORM_ATTRIBUTES)
-    return Change(layer, like(layer, cls), settings, obsolete, buffers, renamed, parameters)
+    return Change(layer, like(layer, cls), settings, obsolete, buffers, renamed, wide)
 
 
 def _variance(std: Tensor, eps: float, name: str) -> tuple[Tensor, float]:

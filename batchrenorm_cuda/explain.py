@@ -68,6 +68,11 @@ def expect(
     """
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape must be [N, C, ...] with every size at least 1, got {list(shape)}")
+    if math.prod(shape) > 2**40 or shape[1] >= 2**31:  # the planner counts in 32 bits
+        raise ValueError(
+            "shape must have at most 2**40 elements and fewer than 2**31 channels, got "
+            f"{list(shape)}"
+        )
     for argument, got, known in (("dtype", dtype, DTYPES), ("layout", layout, LAYOUTS)):
         _require_known(argument, got, known)
     _require_known("op", op, OPS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ from .autograd import (
     apply_inference,
     apply_recorded_training,
     apply_training,
+    wants_gradient,
 )
 from .clipping import counting
+from .repeats import InferenceRepeat, TrainingRepeat, seen_to
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_jit_tracing = torch._C._is_tracing
@@ -94,6 +98,8 @@ def batch_renorm(
         ValueError, TypeError: naming the argument and what it got, before anything has changed. One
             value per channel is refused in training.
     """
+    if running_mean is None and momentum is None:
+        momentum = 0.0  # nothing is averaged, so nothing is to be counted
     step = (
         running_mean,
         running_std,
@@ -105,15 +111,32 @@ def batch_renorm(
         d_max,
         skip_nonfinite,
     )
+    return normalise(x, weight, bias, training, step, clipping)
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    step: tuple,
+    clipping: Tensor | None,
+    layer: Tensor | None = None,
+) -> Tensor:
+    """What :func:`batch_renorm` does, with what the forward operator takes after bias as a tuple.
+    `layer`: the moving mean that repetitions by activation checkpointing are recognised by, if
+    those in `step` are copies."""
     if torch.compiler.is_compiling():
         check_arguments(x, weight, bias, training, *step[:8])
         return _traced(x, _wide(weight, x), _wide(bias, x), training, step, clipping)
     try:
-        weight_, bias_ = _wide(weight, x), _wide(bias, x)
+        # Two calls less for what is nearly always so.
+        weight_ = weight if weight is None or weight.dtype not in HALVES else _wide(weight, x)
+        bias_ = bias if bias is None or bias.dtype not in HALVES else _wide(bias, x)
         if _transforms_are_active() or forward_ad._current_level >= 0:
             return _transformed(x, weight_, bias_, training, step)
         if training:
-            return _trained(x, weight_, bias_, step, clipping)
+            return _trained(x, weight_, bias_, step, clipping, layer)
         return _inferred(x, weight_, bias_, step)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         # Bad arguments are refused below, cheaply and before anything changes; this names the one.
@@ -128,48 +151,76 @@ def _wide(t: Tensor | None, x: Tensor) -> Tensor | None:
     return t.to(_ops.statistic_dtype(x.dtype))
 
 
-def _wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-
-
 def _trained(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     step: tuple,
     clipping: Tensor | None = None,
+    layer: Tensor | None = None,
 ) -> Tensor:
     if _is_jit_tracing():
         return _portable(x, weight, bias, True, step)
     if x.size(0) == 1 and x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
-    running_mean = step[0]
-    known = keep = None
-    if running_mean is not None and checkpoint.may_repeat():
-        known, keep = checkpoint.repetition(running_mean)
-    if clipping is not None and known is None:
+    if step[0] is not None and checkpoint.may_repeat():
+        return _repeatable(x, weight, bias, True, step, clipping, layer)
+    return _step(x, weight, bias, step, clipping, None)
+
+
+def _step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: tuple,
+    clipping: Tensor | None,
+    keep: Callable[[Tensor], None] | None,
+) -> Tensor:
+    if clipping is not None:
         keep = counting(clipping, step, keep)
-    if _wants_gradient(x, weight, bias):
-        if known is None and keep is None:
+    if wants_gradient(x, weight, bias):
+        if keep is None:
             y = apply_training(x, weight, bias, step)
         else:
-            y = apply_recorded_training(x, weight, bias, step, known, keep)
-    elif known is None:
+            y = apply_recorded_training(x, weight, bias, step, keep)
+    else:
         y, stats = _ops.forward(x, weight, bias, *step)
         if keep is not None:
             keep(stats)
-    else:
-        y = _ops.renormalize(x, weight, bias, known)
-        if keep is not None:
-            keep(known)
-    if running_mean is not None:
+    if step[0] is not None:
         # Autograd's own check that what inference has saved for its backward is still what it was.
         increment_version(step[:2])
     return y
+
+
+def _repeatable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    step: tuple,
+    clipping: Tensor | None,
+    layer: Tensor | None,
+) -> Tensor:
+    """Where this forward may run again, or is doing so: then it does what it did the first time,
+    whatever the layer's mode is by now."""
+    running_mean, running_std, _, _, _, eps, *_ = step
+    known, keep = checkpoint.repetition(running_mean if layer is None else layer)
+    with seen_to():
+        if known is not None:
+            if keep is not None:
+                keep(known)
+            return known(x, weight, bias)
+        if not training:
+            if keep is not None:
+                keep(InferenceRepeat.by(running_mean, running_std))
+            return InferenceRepeat(running_mean, running_std)(x, weight, bias)
+        checkpoint.warn_of_new_step()
+        if keep is None:
+            return _step(x, weight, bias, step, clipping, None)
+        return _step(
+            x, weight, bias, step, clipping, lambda stats: keep(TrainingRepeat(stats, eps))
+        )
 
 
 def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
@@ -179,7 +230,9 @@ def _inferred(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple
         check_arguments(x, weight, bias, False, *step[:8])
     if _is_jit_tracing():
         return _portable(x, weight, bias, False, step)
-    if _wants_gradient(x, weight, bias):
+    if checkpoint.may_repeat():
+        return _repeatable(x, weight, bias, False, step, None, None)
+    if wants_gradient(x, weight, bias):
         return apply_inference(x, weight, bias, running_mean, running_std)
     return _ops.inference(x, weight, bias, running_mean, running_std)
 
@@ -199,7 +252,6 @@ def _transformed(
         return TransformableInference.apply(x, weight, bias, step[0], step[1])
     if x.numel() == x.size(1):
         raise RuntimeError("one value per channel")
-    checkpoint.warn_of_new_step()
     return TransformableTraining.apply(x, weight, bias, *step)[0]
 
 
@@ -216,7 +268,7 @@ def _traced(
     if torch.compiler._is_exporting_flag:
         if not training or step[0] is None:
             return _portable(x, weight, bias, training, step)
-        return _training_step(x, weight, bias, *step)
+        return _recorded_step(x, weight, bias, step)
     if _transforms_are_active():
         # Dynamo does not trace an autograd.Function with a jvp or a vmap rule, and gives wrong
         # gradients for one without. It runs what raises here in eager mode, unless fullgraph=True.
@@ -226,9 +278,21 @@ def _traced(
         )
     if not training:
         return Inference.apply(x, weight, bias, step[0], step[1])
-    if clipping is None:
-        return Training.apply(x, weight, bias, step)
-    return RecordedTraining.apply(x, weight, bias, step, None, counting(clipping, step, None))
+    if clipping is not None:
+        return RecordedTraining.apply(x, weight, bias, step, counting(clipping, step, None))
+    if step[0] is not None and not torch.is_grad_enabled():
+        # The first run of a reentrant checkpoint is without gradients, and to be written down.
+        return _recorded_step(x, weight, bias, step)
+    return Training.apply(x, weight, bias, step)
+
+
+def _recorded_step(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple) -> Tensor:
+    """By an operator that changes nothing: the program writes its results back."""
+    y, *moved = _training_step(x, weight, bias, *step)
+    for t, after in zip(step[:3], moved, strict=True):
+        if t is not None:
+            t.copy_(after)
+    return y
 
 
 def _portable(
@@ -242,31 +306,54 @@ def _portable(
     if running_mean is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps or no_eps)
     if training:
-        raise RuntimeError(_ops.NOT_IN_TRAINING.format("torch.jit.trace"))
+        onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+        recorder = "torch.onnx.export" if onnx else "torch.jit.trace"
+        raise RuntimeError(_ops.NOT_IN_TRAINING.format(recorder))
     variance = running_std.square()  # with eps in it
     return F.batch_norm(x, running_mean, variance, weight, bias, False, 0.0, no_eps)
 
 
 # What torch.export records of a training step: the forward operator with its gradient, so that an
-# exported model can be trained. Not what everyone calls, as a kernel in Python costs 10 us.
+# exported model can be trained. And what torch.compile runs without gradients. It returns the new
+# running_mean, running_std and num_batches_tracked (empty for None) and changes nothing: torch
+# wraps an operator that does, in a decomposed program, into one that it compiles without gradients.
+# Not what everyone calls, as a kernel in Python costs 10 us.
 _library = torch.library.Library("batchrenorm", "FRAGMENT")
 _library.define(
-    str(_ops.forward._schema).replace("batchrenorm::forward", "training_step").split(" -> ")[0]
-    + " -> Tensor"
+    "training_step(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, "
+    "Tensor running_std, Tensor? num_batches_tracked, Tensor? schedule, float? momentum, "
+    "float eps, float r_max, float d_max, bool skip_nonfinite) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _training_step = torch.ops.batchrenorm.training_step.default
+_Stepped = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _on_copies(step: tuple, run: Callable[[tuple], Tensor]) -> _Stepped:
+    mean, std, counter = (None if t is None else t.detach().clone() for t in step[:3])
+    y = run((mean, std, counter, *step[3:]))
+    return y, mean, std, y.new_empty(0, dtype=torch.int64) if counter is None else counter
+
+
+def _trained_on_copies(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, step: tuple
+) -> _Stepped:
+    layer = step[0]
+    return _on_copies(step, lambda step: _trained(x, weight, bias, step, layer=layer))
 
 
 @torch.library.impl(_library, "training_step", "CompositeExplicitAutograd")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
-    return _ops.forward(x, weight, bias, *step)[0]
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> _Stepped:
+    if type(x) is Tensor:
+        return _trained_on_copies(x, weight, bias, step)
+    checkpoint.check_traced(_training_step, x, weight, bias, *step)
+    return _on_copies(step, lambda step: _ops.forward(x, weight, bias, *step)[0])
 
 
 @torch.library.impl(_library, "training_step", "Autograd")
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> Tensor:
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, *step: Any) -> _Stepped:
     if type(x) is Tensor:
-        return _trained(x, weight, bias, step)
-    if _wants_gradient(x, weight, bias):  # traced, by AOTAutograd
-        return Training.apply(x, weight, bias, step)
+        return _trained_on_copies(x, weight, bias, step)
+    if wants_gradient(x, weight, bias):  # traced, by AOTAutograd
+        return _on_copies(step, lambda step: Training.apply(x, weight, bias, step))
     with torch._C._AutoDispatchBelowAutograd():
         return _training_step(x, weight, bias, *step)

@@ -6,8 +6,8 @@ import warnings
 
 from torch import nn
 
-from .modules import _BatchRenorm, layers_of
-from .schedule import RenormSchedule
+from .modules import _BatchRenorm, _require_schedule, layers_of
+from .schedule import RenormSchedule, require_steps_per_update
 
 
 def set_schedule(model: nn.Module, schedule: RenormSchedule) -> None:
@@ -22,6 +22,7 @@ def set_schedule(model: nn.Module, schedule: RenormSchedule) -> None:
 
     Warns if the model has no layer to set it in.
     """
+    _require_schedule(schedule)
     for layer in _limited(model):
         layer.set_schedule(schedule)
 
@@ -35,6 +36,7 @@ def set_limits(model: nn.Module, r_max: float, d_max: float) -> None:
     Raises:
         ValueError, TypeError: naming the argument and what it got, before anything has changed.
     """
+    RenormSchedule.constant(r_max, d_max)
     for layer in _limited(model):
         layer.set_limits(r_max, d_max)
 
@@ -52,6 +54,9 @@ def set_steps_per_update(
         model.load_state_dict(checkpoint)       # of a job with the same schedule, whatever its own
         set_steps_per_update(model, 4)          # steps_per_update was
     """
+    require_steps_per_update(steps_per_update)
+    if before is not None:
+        require_steps_per_update(before, "before")
     for layer in _limited(model):
         layer.set_steps_per_update(steps_per_update, before)
 

@@ -14,9 +14,10 @@ from torch.nn import init
 from torch.nn.parameter import is_lazy
 
 from ._ops import statistic_dtype
-from .arguments import FLOATS, check_numbers
+from .arguments import FLOATS, check_flags, check_numbers
 from .clipping import Clipping, new_counts
-from .functional import batch_renorm
+from .functional import normalise
+from .repeats import copies
 from .schedule import RenormSchedule, require_steps_per_update
 
 
@@ -63,6 +64,7 @@ class _BatchRenorm(nn.Module):
         if num_features < 1:
             raise ValueError(f"num_features must be >= 1, got {num_features}")
         check_numbers(momentum=momentum, eps=eps)
+        check_flags(skip_nonfinite=skip_nonfinite)
         _require_schedule(schedule)
         self.num_features = num_features
         self.eps = eps
@@ -111,7 +113,7 @@ class _BatchRenorm(nn.Module):
         self.reset_running_stats()
         self.reset_clipping()
         if self.track_running_stats:
-            self.schedule.copy_(self._schedule.as_tensor())
+            self.schedule.copy_(self._schedule.as_tensor("cpu"))
         if self.weight is not None:
             init.ones_(self.weight)
         if self.bias is not None:
@@ -126,7 +128,7 @@ class _BatchRenorm(nn.Module):
         _require_schedule(schedule)
         self._require_statistics("schedule cannot be set")
         self._schedule = schedule
-        self.schedule.copy_(schedule.as_tensor(), non_blocking=True)
+        self.schedule.copy_(schedule.as_tensor("cpu"), non_blocking=True)
 
     def set_limits(self, r_max: float, d_max: float) -> None:
         """These limits from the next batch on, for good: a schedule that does not move. For a
@@ -163,7 +165,7 @@ class _BatchRenorm(nn.Module):
         self._require_statistics("steps_per_update cannot be set")
         schedule = self._schedule
         if before != known:
-            schedule = RenormSchedule.from_tensor(schedule.as_tensor(), before)
+            schedule = RenormSchedule.from_tensor(schedule.as_tensor("cpu"), before)
         schedule = replace(schedule, steps_per_update=steps_per_update)
         counter = self.num_batches_tracked
         counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
@@ -210,20 +212,37 @@ class _BatchRenorm(nn.Module):
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. A weight
         # that is not there is parametrized.
         buffers, parameters = self._buffers, self._parameters
-        running_mean = buffers["running_mean"]
-        return batch_renorm(
+        layer = mean = buffers["running_mean"]
+        std, counter = buffers["running_std"], buffers["num_batches_tracked"]
+        training = self.training
+        if training and not self.track_running_stats and mean is not None:
+            mean, std, counter = copies(mean, std, counter)
+        return normalise(
             input,
-            running_mean,
-            buffers["running_std"],
             parameters["weight"] if "weight" in parameters else self.weight,
             parameters["bias"] if "bias" in parameters else self.bias,
-            (self.training and not self.statistics_frozen) or running_mean is None,
-            self.momentum,
-            self.eps,
-            num_batches_tracked=buffers["num_batches_tracked"],
-            schedule=buffers["schedule"],
-            skip_nonfinite=self.skip_nonfinite,
-            clipping=self._clipping,
+            (training and not self.statistics_frozen) or mean is None,
+            (
+                mean,
+                std,
+                counter,
+                buffers["schedule"],
+                0.0 if mean is None else self.momentum,
+                self.eps,
+                3.0,
+                5.0,
+                self.skip_nonfinite,
+            ),
+            self._clipping,
+            layer,
+        )
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks a module for first; else it fails somewhere inside of torch.
+        (Not a BatchNorm instead: put into training, the script would not renormalize.)"""
+        raise RuntimeError(
+            f"a {type(self).__name__} cannot be compiled by torch.jit.script: make a BatchNorm of "
+            "the same inference of it first, batchrenorm_cuda.fold(model.eval())"
         )
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -254,7 +273,7 @@ class _BatchRenorm(nn.Module):
 
         def kept_precise(t: Tensor) -> Tensor:
             moved = fn(t)
-            if t is self.schedule:
+            if t is self.schedule or t is self.num_batches_tracked:
                 return t.to(moved.device) if moved.dtype != t.dtype else moved
             if t is self.running_mean or t is self.running_std:
                 dtype = statistic_dtype(moved.dtype)
@@ -280,10 +299,10 @@ class _BatchRenorm(nn.Module):
         """Also takes the state of a BatchNorm. Refuses statistics and schedules that could not be
         used, and then loads nothing into this layer."""
         schedule = self._schedule
-        if self.track_running_stats:
+        if self.running_mean is not None:
             try:
                 schedule = self._adopt(state_dict, prefix)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 error_msgs.append(str(error))
                 return
         super()._load_from_state_dict(
@@ -301,31 +320,45 @@ class _BatchRenorm(nn.Module):
         """Brings this layer's entries of a state_dict into its own form, in place. Returns the
         schedule in force after."""
 
+        def given(name: str) -> Tensor | None:
+            t = state_dict.get(f"{prefix}{name}")
+            if f"{prefix}{name}" in state_dict and not isinstance(t, Tensor):
+                raise TypeError(f"{prefix}{name} must be a Tensor, got {type(t).__name__}")
+            if t is not None and (t.is_complex() or t.layout != torch.strided):
+                raise TypeError(
+                    f"{prefix}{name} must be a dense tensor of real numbers, got {t.dtype} in "
+                    f"{t.layout}"
+                )
+            return t
+
         def refuse(name: str, t: Tensor, wanted: str, right: Tensor) -> None:
             if not t.is_meta and not bool(right.all()):
                 wrong = t.flatten()[~right.flatten()].tolist()
-                raise ValueError(
-                    f"{prefix}{name} must be {wanted}, got {wrong[0]} in {len(wrong)} of "
-                    f"{t.numel()} channels"
-                )
+                where = f" in {len(wrong)} of {t.numel()} channels" if t.numel() > 1 else ""
+                raise ValueError(f"{prefix}{name} must be {wanted}, got {wrong[0]}{where}")
 
-        mean = state_dict.get(f"{prefix}running_mean")
-        std = state_dict.get(f"{prefix}running_std")
-        var = state_dict.get(f"{prefix}running_var")
+        mean, std, var = given("running_mean"), given("running_std"), given("running_var")
+        counter, schedule = given("num_batches_tracked"), given("schedule")
+        if counter is not None:
+            right = counter.isfinite() & (counter >= 0)
+            refuse("num_batches_tracked", counter, "finite and >= 0", right)
+            state_dict[f"{prefix}num_batches_tracked"] = counter.to(torch.int64)
         if var is not None and std is None:
             refuse("running_var", var, "finite and >= 0", var.isfinite() & (var >= 0))
             del state_dict[f"{prefix}running_var"]
             std = (var.double() + self.eps).sqrt()
-            state_dict.setdefault(f"{prefix}schedule", self.schedule)
-            state_dict.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
+            kept = {"schedule": self.schedule, "num_batches_tracked": self.num_batches_tracked}
+            if self.schedule.is_meta and not var.is_meta:  # with assign=True it becomes real now
+                kept["schedule"] = self._schedule.as_tensor(var.device)
+                kept["num_batches_tracked"] = var.new_zeros((), dtype=torch.int64)
+            for name, t in kept.items():
+                state_dict.setdefault(f"{prefix}{name}", t)
         if mean is not None:
             refuse("running_mean", mean, "finite", mean.isfinite())
-            state_dict[f"{prefix}running_mean"] = mean.to(self.running_mean.dtype)
+            state_dict[f"{prefix}running_mean"] = mean.to(self.running_mean.dtype).contiguous()
         if std is not None:
             refuse("running_std", std, "finite and > 0", std.isfinite() & (std > 0))
-            state_dict[f"{prefix}running_std"] = std.to(self.running_std.dtype)
-
-        schedule = state_dict.get(f"{prefix}schedule")
+            state_dict[f"{prefix}running_std"] = std.to(self.running_std.dtype).contiguous()
         if schedule is None or schedule is self.schedule or schedule.is_meta:
             return self._schedule
         try:
@@ -364,7 +397,9 @@ class BatchRenorm1d(_BatchRenorm):
             paper's, a tenth of BatchNorm's. None: the cumulative average.
         affine: whether there are a weight (starts at 1) and a bias (at 0) to learn.
         track_running_stats: False: no moving statistics. The batch is normalised by its own, in
-            inference too, and r = 1, d = 0: plain Batch Normalization.
+            inference too, and r = 1, d = 0: plain Batch Normalization. The attribute, set to False
+            later, has training leave statistics and counter as they are, as BatchNorm's does; r and
+            d are still taken from them.
         device, dtype: of weight and bias. Statistics are float64 beside float64, else float32, and
             stay so under .half() and .to(dtype).
         bias: False: a weight only.
@@ -380,8 +415,8 @@ class BatchRenorm1d(_BatchRenorm):
         statistics_frozen: attribute, not saved: see :func:`batchrenorm_cuda.freeze_statistics`.
 
     load_state_dict takes the state of a BatchNorm too: running_std = sqrt(running_var + eps), and
-    the schedule stays as it is. Statistics that are not finite, or a running_std that is not
-    positive, are an error.
+    the schedule stays as it is. Statistics that are not finite, a running_std that is not positive
+    and a num_batches_tracked < 0 are an error, and the layer stays as it is.
 
     Shape:
         output as input, in shape, dtype and memory format.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .clipping import Clipping
 from .modules import _BatchRenorm, layers_of
+
+# The open monitors that a layer is monitored for. Not an attribute of the layer, as a copy of it is
+# not theirs to end; and not the monitors themselves, which hold the layer.
+_open: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
 
 
 def monitor_clipping(model: nn.Module) -> ClippingMonitor:
@@ -28,7 +33,8 @@ def monitor_clipping(model: nn.Module) -> ClippingMonitor:
     = 0) everything is clipped. It goes on in compiled code, which is compiled once more for it, and
     in CUDA graphs captured meanwhile. Inference is not counted, nor are calls under torch.func
     transforms or with forward-mode tangents, nor what torch.export has recorded. Counts follow the
-    layer to another device and into copies, and are in no state_dict.
+    layer to another device and into copies, and are in no state_dict. A layer has one set of them,
+    which all monitors that are open at a time read and reset; the last to be closed ends it.
 
     Args:
         model: any module. Layers with track_running_stats=False clip nothing and are left out.
@@ -57,9 +63,11 @@ class ClippingMonitor:
                     f"{name or 'model'} must have seen a batch, got a {type(layer).__name__} "
                     "without a number of channels"
                 )
-        self._started = [m for m in self._layers.values() if not m.monitors_clipping]
-        for layer in self._started:
-            layer.monitor_clipping(True)
+        self._token = object()
+        for layer in self._layers.values():
+            if layer in _open or not layer.monitors_clipping:  # and not by the layer's own method
+                layer.monitor_clipping(True)
+                _open.setdefault(layer, set()).add(self._token)
 
     def read(self) -> dict[str, Clipping]:
         """What was clipped since the start or the last reset, by the name of the layer. Waits for
@@ -72,11 +80,17 @@ class ClippingMonitor:
             layer.reset_clipping()
 
     def close(self) -> None:
-        """Ends the counting in all layers that were not monitored before."""
-        for layer in self._started:
-            if isinstance(layer, _BatchRenorm):  # and not folded meanwhile
-                layer.monitor_clipping(False)
-        self._started = []
+        """Ends the counting in all layers that were not monitored before, and that no other monitor
+        needs, whatever the order in which they were opened."""
+        for layer in self._layers.values():
+            tokens = _open.get(layer, set())
+            if self._token not in tokens:
+                continue
+            tokens.remove(self._token)
+            if not tokens:
+                del _open[layer]
+                if isinstance(layer, _BatchRenorm):  # and not folded meanwhile
+                    layer.monitor_clipping(False)
 
     def __enter__(self) -> ClippingMonitor:
         return self

@@ -61,6 +61,9 @@ class RenormSchedule:
         for name, value in vars(self).items():
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+            # numpy's numbers overflow, and do not read well.
+            plain = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(self, name, plain)
         if not (0 <= self.warmup_steps < math.inf):
             raise ValueError(f"warmup_steps must be finite and >= 0, got {self.warmup_steps}")
         if not self.r_max >= 1:
@@ -90,7 +93,8 @@ class RenormSchedule:
         """The layer's `schedule` buffer, float64 [5]: the first five fields, in their order.
 
         Steps are in batches, that is, multiplied by steps_per_update. An infinite limit is the
-        largest float32, which kernels do not reach either.
+        largest float32, which kernels do not reach either. Without a device it is on torch's
+        default one.
         """
         per = self.steps_per_update
         numbers = (
@@ -135,7 +139,7 @@ class RenormSchedule:
         for per in tried:
             if per == int(per) >= 1:
                 same = replace(self, steps_per_update=int(per))
-                if torch.equal(same.as_tensor(), found.as_tensor()):
+                if torch.equal(same.as_tensor("cpu"), found.as_tensor("cpu")):
                     return same
         return found
 

@@ -63,7 +63,9 @@ def update_stats(
     named = {
         name: layer
         for name, layer in layers_of(model).items()
-        if layer.running_mean is not None and not layer.statistics_frozen
+        if layer.running_mean is not None
+        and layer.track_running_stats
+        and not layer.statistics_frozen
     }
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be callable, got {type(forward).__name__}")
@@ -121,7 +123,7 @@ def _restored(model: nn.Module, layers: list[_BatchRenorm]) -> Iterator[None]:
                 settings.append((t, t.clone()))
     modes = [(module, module.training) for module in model.modules()]
     kept = [(layer, layer.momentum, layer._clipping) for layer in layers]
-    plain = RenormSchedule.constant(1.0, 0.0).as_tensor()
+    plain = RenormSchedule.constant(1.0, 0.0).as_tensor("cpu")
     whole = False
     try:
         for module, _ in modes:
@@ -171,7 +173,7 @@ def unfreeze_statistics(model: nn.Module) -> None:
 
 
 def _set_frozen(model: nn.Module, frozen: bool) -> None:
-    layers = [layer for layer in layers_of(model).values() if layer.track_running_stats]
+    layers = [layer for layer in layers_of(model).values() if layer.running_mean is not None]
     for layer in layers:
         layer.statistics_frozen = frozen
     if not layers:

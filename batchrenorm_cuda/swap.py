@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -69,14 +70,17 @@ class Change:
     obsolete: set[str]  # attributes to delete
     buffers: dict[str, Tensor | None]
     renamed: dict[str, str]  # buffers that keep whether they are persistent
-    parameters: dict[str, nn.Parameter]
+    wide: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # new values, of another dtype
 
     def make(self) -> None:
         layer, attributes = self.layer, vars(self.layer)
         extra = {k: t for k, t in layer._buffers.items() if k not in BUFFERS}
         layer._buffers.clear()
         layer._buffers.update(self.buffers | extra)
-        layer._parameters.update(self.parameters)
+        for p, values in self.wide.items():  # as Module.to() does it: p stays the object it is
+            p.data = values
+            if p.grad is not None:
+                p.grad = p.grad.to(values.dtype)
         hidden = layer._non_persistent_buffers_set
         for old, new in self.renamed.items():
             if old in hidden:
@@ -98,11 +102,14 @@ def swap_layers(
     skip: Skip | Iterable[Skip],
     report: Callable[[Report], object] | None,
 ) -> nn.Module:
+    if not (report is None or callable(report)):
+        raise TypeError(f"report must be callable, such as print, got {report!r}")
     outcomes: list[Outcome] = []
     changes: list[Change] = []
     found = _find(model, before, _skips(skip))
     for layer, names, skipped in found:
-        planned = "skip" if skipped else plan(layer, names[0])
+        with torch.inference_mode(False):  # which would make tensors that training cannot use
+            planned = "skip" if skipped else plan(layer, names[0])
         own = type(layer).__name__
         if isinstance(planned, str):
             outcomes.append(Outcome(names, own, None, planned))
@@ -132,7 +139,7 @@ def _find(
 ) -> list[tuple[nn.Module, tuple[str, ...], bool]]:
     """Every module of type `wanted`, with its names and whether one of them is to be skipped."""
     found: dict[int, tuple[nn.Module, list[str], list[bool]]] = {}
-    used: set[str] = set()
+    used: set[object] = set()
     for name, module, skipped in _walk(model, skips, used):
         if isinstance(module, wanted):
             _, names, skippeds = found.setdefault(id(module), (module, [], []))
@@ -143,13 +150,18 @@ def _find(
             raise ValueError(
                 f"skip must name modules of the model, got {pattern!r}, which none has"
             )
+        if isinstance(pattern, nn.Module) and pattern not in used:
+            raise ValueError(
+                f"skip must have modules of the model, got a {type(pattern).__name__} that is not "
+                "in it"
+            )
     return [(module, tuple(names), any(skipped)) for module, names, skipped in found.values()]
 
 
 def _walk(
-    model: nn.Module, skips: list[Skip], used: set[str]
+    model: nn.Module, skips: list[Skip], used: set[object]
 ) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Every path to every module. Notes in `used` which names and patterns fit one."""
+    """Every path to every module. Notes in `used` which names, patterns and modules fit one."""
 
     def matches(skip: Skip, name: str, module: nn.Module) -> bool:
         if isinstance(skip, str):
@@ -160,6 +172,8 @@ def _walk(
         if isinstance(skip, type):
             return isinstance(module, skip)
         if isinstance(skip, nn.Module):
+            if module is skip:
+                used.add(skip)
             return module is skip
         return bool(skip(name, module))
 

@@ -10,6 +10,7 @@ sum(dy * (x - mean)) are added up in one all_reduce, float64 [2, C].
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +22,21 @@ from torch.fx import Proxy
 
 from . import _ops, checkpoint
 from .arguments import check_arguments
-from .autograd import Gradients
+from .autograd import Gradients, wants_gradient
 from .clipping import counting
-from .functional import _transforms_are_active, _wants_gradient, _wide
+from .functional import _transforms_are_active, _wide
 from .lazy import _LazyBatchRenorm
 from .modules import _BatchRenorm
+from .repeats import copies
 from .schedule import RenormSchedule
+
+
+def check_group(group: Any) -> None:
+    """Raises for what is no process group, nor what torch gives to a process outside of one."""
+    known = (dist.ProcessGroup,) if dist.is_available() else ()
+    outside = dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
+    if not (group is None or outside or isinstance(group, known)):
+        raise TypeError(f"process_group must be a ProcessGroup or None, got {group!r}")
 
 
 class SyncBackward(Function):
@@ -102,6 +112,25 @@ def _merged(x: Tensor, step: tuple, group: Any, world: int, wants: bool) -> tupl
     return _ops.merge(gathered.view(world, -1), x.dtype, *step)
 
 
+@dataclass(frozen=True)
+class SyncRepeat:
+    """y of a training step whose statistics have been merged, the first time and again."""
+
+    stats: Tensor
+    total: Tensor
+    group: Any
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        anchor = None
+        wants = wants_gradient(x, weight, bias)
+        # Reads the total on the host, but only where nothing here needs a gradient.
+        if torch.is_grad_enabled() and not wants and self.total[1].item() > 0:
+            anchor = x.new_empty(0, requires_grad=True)
+        if not wants and anchor is None:
+            return _ops.renormalize(x, weight, bias, self.stats)
+        return SyncTraining.apply(x, weight, bias, anchor, self.stats, self.total, self.group)
+
+
 @torch._disable_dynamo
 def _trained(
     x: Tensor,
@@ -111,6 +140,7 @@ def _trained(
     clipping: Tensor | None,
     group: Any,
     world: int,
+    layer: Tensor | None,
 ) -> Tensor:
     if _transforms_are_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
@@ -126,28 +156,26 @@ def _trained(
     check_arguments(x, weight, bias, True, *step[:8], synchronised=True)
     weight, bias = _wide(weight, x), _wide(bias, x)
     running_mean, running_std, *_ = step
-    known = keep = None
+    keep = None
     if running_mean is not None and checkpoint.may_repeat():
-        known, keep = checkpoint.repetition(running_mean)
-    wants = _wants_gradient(x, weight, bias)
-    if known is None:
-        count = None if clipping is None else counting(clipping, step, None)
-        with torch.no_grad():
-            known = _merged(x, step, group, world, wants)
-        if count is not None:
-            count(known[0])
+        known, keep = checkpoint.repetition(layer)
+        if known is not None:
+            if keep is not None:
+                keep(known)
+            return known(x, weight, bias)
+        checkpoint.warn_of_new_step()
+    count = None if clipping is None else counting(clipping, step, None)
+    wants = wants_gradient(x, weight, bias)
+    with torch.no_grad():
+        merged = _merged(x, step, group, world, wants)
+    if count is not None:
+        count(merged[0])
+    repeat = SyncRepeat(*merged, group)
     if keep is not None:
-        keep(known)
-    stats, total = known
+        keep(repeat)
     if running_mean is not None:
         increment_version((running_mean, running_std))
-    anchor = None
-    # Reads the total on the host, but only where nothing here needs a gradient.
-    if torch.is_grad_enabled() and not wants and total[1].item() > 0:
-        anchor = x.new_empty(0, requires_grad=True)
-    if not wants and anchor is None:
-        return _ops.renormalize(x, weight, bias, stats)
-    return SyncTraining.apply(x, weight, bias, anchor, stats, total, group)
+    return repeat(x, weight, bias)
 
 
 class SyncBatchRenorm(_BatchRenorm):
@@ -186,7 +214,9 @@ class SyncBatchRenorm(_BatchRenorm):
         and memory format. Processes may differ in everything but C and dtype. One value per channel
         is allowed here, as others may have more.
 
-    State and state_dict are those of :class:`BatchRenorm1d`.
+    State and state_dict are those of :class:`BatchRenorm1d`. A copy has the same group. A layer
+    with a group cannot be pickled, as a SyncBatchNorm cannot: save its state_dict, or set its
+    process_group to None before.
 
     Raises:
         ValueError, TypeError: as :class:`BatchRenorm1d`, before anything is exchanged; for a group
@@ -212,6 +242,7 @@ class SyncBatchRenorm(_BatchRenorm):
         schedule: RenormSchedule = RenormSchedule(),  # noqa: B008  immutable
         skip_nonfinite: bool = False,
     ) -> None:
+        check_group(process_group)
         super().__init__(
             num_features,
             eps,
@@ -251,19 +282,28 @@ class SyncBatchRenorm(_BatchRenorm):
         if world == 1 or isinstance(input, Proxy):
             return super().forward(input)
         self._check_input_dim(input)
+        statistics = self.running_mean, self.running_std, self.num_batches_tracked
+        tracks = self.running_mean is not None
+        if tracks and not self.track_running_stats:
+            statistics = copies(*statistics)
         step = (
-            self.running_mean,
-            self.running_std,
-            self.num_batches_tracked,
+            *statistics,
             self.schedule,
-            self.momentum,
+            self.momentum if tracks else 0.0,
             self.eps,
             1.0,  # limits without a schedule, and so without moving statistics
             0.0,
             self.skip_nonfinite,
         )
         return _trained(
-            input, self.weight, self.bias, step, self._clipping, self.process_group, world
+            input,
+            self.weight,
+            self.bias,
+            step,
+            self._clipping,
+            self.process_group,
+            world,
+            self.running_mean,
         )
 
 

@@ -194,8 +194,8 @@ def equals_one_process_without_weight_bias_or_statistics(rank: Rank) -> None:
     shares = shares_of(rank.world)[1]
     assert_equals_one_process(rank, shares, (3,), torch.float64, affine=False)
     assert_equals_one_process(rank, shares, (3,), torch.float64, bias=False)
-    for dtype in (torch.float32, torch.float64):
-        sync, alone = pair(3, dtype, track_running_stats=False)
+    for dtype, momentum in ((torch.float32, 0.1), (torch.float64, None)):
+        sync, alone = pair(3, dtype, track_running_stats=False, momentum=momentum)
         whole, dy = draw(shares, (3,), dtype)
         wanted = train(alone, whole, dy)
         found = train(sync, mine(rank, whole, shares), mine(rank, dy, shares))
@@ -387,8 +387,14 @@ def checkpointing_repeats_without_exchanging(rank: Rank) -> None:
         {"use_reentrant": False, "context_fn": selective},
     ):
         again = copy.deepcopy(model)
+
+        def frozen_before_the_backward(x, again=again, style=style):
+            y = checkpoint(again, x, **style)
+            again.eval()
+            return y
+
         with counted() as counts:
-            found = train(partial(checkpoint, again, **style), x, g)
+            found = train(frozen_before_the_backward, x, g)
         assert counts == {"gather": 2, "reduce": 2}
         assert all(map(torch.equal, found, wanted))
         for name, t in again.state_dict().items():

@@ -27,6 +27,7 @@ from batchrenorm_cuda import (
     freeze_statistics,
     functional,
     monitor_clipping,
+    monitoring,
     update_stats,
 )
 
@@ -389,6 +390,27 @@ def test_monitors_may_be_nested_and_closed_by_an_exception():
     with pytest.raises(KeyError), monitor_clipping(layer):
         raise KeyError
     assert not layer.monitors_clipping
+
+
+def test_monitors_may_be_closed_in_any_order():
+    model = nn.Sequential(layer_of(), layer_of())
+    model[1].monitor_clipping()  # by hand, and so for good
+    first = monitor_clipping(model[0])
+    model(batches()[0])
+    second = monitor_clipping(model)
+    model(batches()[1])
+    first.close()
+    assert model[0].monitors_clipping
+    model(batches()[2])
+    assert [clipping.steps for clipping in second.read().values()] == [3, 3]
+    copied = copy.deepcopy(model)
+    first.close(), second.close(), second.close()
+    assert [layer.monitors_clipping for layer in model] == [False, True]
+    assert copied[0].monitors_clipping  # no monitor's to end
+    with monitor_clipping(model) as third:
+        model(batches()[3])
+        assert third.read()["0"].steps == 1
+    assert not model[0].monitors_clipping and not {*model} & {*monitoring._open}
 
 
 def test_conversions_end_it():

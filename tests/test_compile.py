@@ -273,6 +273,8 @@ def test_every_operator_is_checked():
     assert ours == alone | {"backward", "inference_backward"} | together | {
         "before_step",
         "count_clipping",
+        "recall",  # these two are called by operators alone, and never traced
+        "record",
     }
 
 
@@ -315,9 +317,37 @@ def test_compiled_checkpointing_that_saves_the_layer_is_exact(policy, backend):
     )
 
 
+def part_without_gradients(layer, x):
+    with torch.no_grad():
+        t = layer(x)
+    return (x * t).sin() * t
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_checkpointing_of_a_part_without_gradients(backend):
+    """Another operator takes the step there, which is to be saved too."""
+    policies = {"ours": POLICIES["ours alone"], "by hand": POLICIES["by hand"]}
+    dy = torch.randn(4, 4, 5, 5)
+    for policy, context_fn in policies.items():
+        torch._dynamo.reset()
+        layer, twin = blocks()[1], blocks()[1]
+        x = torch.randn(4, 4, 5, 5, requires_grad=True)
+        z = x.detach().clone().requires_grad_()
+        options = {"use_reentrant": False, "context_fn": context_fn}
+        call = functools.partial(checkpoint, part_without_gradients, layer, **options)
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        if policy == "by hand":  # and does not save it
+            with pytest.raises(Exception, match="statistics that it has moved already"):
+                compiled(x)
+            continue
+        compiled(x).backward(dy)
+        part_without_gradients(twin, z).backward(dy)
+        torch.testing.assert_close(x.grad, z.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
+
+
 def test_what_was_compiled_before_is_repeated_rightly_with_the_policy():
-    """Nothing tells the library that compiled code runs in a region: without the policy its layers
-    would move their statistics twice."""
+    """Not by the policy alone: tests/test_checkpoint_compiled.py does without."""
     model, twin = blocks(), blocks()
     compiled = torch.compile(model, fullgraph=True)
     steps_of(model, compiled, (4, 3, 8, 8), "cpu", 1), steps_of(twin, twin, (4, 3, 8, 8), "cpu", 1)
@@ -338,18 +368,10 @@ def test_what_is_no_policy():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("where", ["around", "inside"])
-def test_compiled_checkpointing_is_refused_or_right(where, backend):
+def test_compiled_checkpointing_is_refused_or_right(backend):
     """torch 2.11 happens to save what the layer computes when it compiles around a checkpoint."""
     model, twin = blocks(), blocks()
-    if where == "around":
-        call = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend=backend)
-    else:
-        inner = torch.compile(model, backend=backend)
-
-        def call(x):
-            return checkpoint(inner, x, use_reentrant=False)
-
+    call = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), backend=backend)
     try:
         found = steps_of(model, call, (4, 3, 8, 8), "cpu")
     except Exception as error:

@@ -231,6 +231,61 @@ def test_a_shared_layer_is_changed_once_and_stays_shared():
     assert outcome.names == ("0", "1.1")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layers_that_share_parameters_and_statistics_go_on_sharing(dtype):
+    """Two views of one layer: what one learns the other infers by."""
+    one, other = filled(nn.BatchNorm1d(3, dtype=dtype)), nn.BatchNorm1d(3, dtype=dtype)
+    other.weight, other.bias = one.weight, one.bias
+    other._buffers.update(one._buffers)
+    weight, bias = one.weight, one.bias
+    weight.grad = torch.ones_like(weight)
+    bias.requires_grad_(False)
+    model = nn.Sequential(one, other)
+    x = torch.randn(6, 3).to(dtype)
+    for change in (convert, fold, convert):
+        change(model)
+        assert one.weight is other.weight is weight and one.bias is other.bias is bias
+        assert weight.requires_grad and not bias.requires_grad
+        assert weight.grad.dtype == weight.dtype
+        for name, t in one.named_buffers():
+            assert (other.get_buffer(name) is t) == (name != "schedule")
+        model.train()(x).sum().backward()
+        assert torch.equal(one.eval()(x), other.eval()(x))
+
+
+def test_statistics_that_layers_share_are_separate_where_eps_makes_them_differ():
+    one, other = nn.BatchNorm1d(3, eps=0.5), nn.BatchNorm1d(3)
+    other._buffers.update(one._buffers)
+    convert(nn.Sequential(one, other))
+    assert one.running_mean is other.running_mean
+    torch.testing.assert_close(one.running_std, torch.full((3,), 1.5).sqrt())
+    torch.testing.assert_close(other.running_std, torch.full((3,), 1 + 1e-5).sqrt())
+    other.running_std = one.running_std
+    other.eps = 1e-5
+    x = torch.randn(6, 3)
+    y = one.eval()(x), other.eval()(x)
+    fold(nn.Sequential(one, other))
+    torch.testing.assert_close((one(x), other(x)), y, rtol=1e-6, atol=1e-6)
+
+
+def test_what_inference_mode_changes_training_goes_on_with():
+    for change, layer in ((convert, nn.BatchNorm1d(3)), (fold, BatchRenorm1d(3))):
+        with torch.inference_mode():
+            change(layer)
+        assert not any(t.is_inference() for t in layer.state_dict().values())
+        layer.train()(torch.randn(6, 3)).sum().backward()
+        layer.load_state_dict(layer.state_dict())
+
+
+def test_a_layer_pickled_before_there_was_a_counter():
+    norm = filled(nn.BatchNorm1d(3)).eval()
+    del norm.num_batches_tracked
+    x = torch.randn(6, 3)
+    y = norm(x)
+    torch.testing.assert_close(convert(norm, from_now=True)(x), y)
+    assert norm.num_batches_tracked == 0
+
+
 def test_a_cycle_of_modules_ends():
     child, parent = nn.Sequential(nn.BatchNorm1d(3)), nn.Module()
     parent.child = child
@@ -317,10 +372,31 @@ def test_other_layers_without_a_counterpart_are_left_alone_aloud(change):
         with pytest.warns(UserWarning, match="a subclass with methods"):
             assert type(fold(OwnRenorm(3))) is OwnRenorm
         return
-    for frozen in (nn.BatchNorm1d(3), nn.BatchNorm1d(3)):
-        frozen.track_running_stats = False
-        with pytest.warns(UserWarning, match="track_running_stats does not say"):
-            assert type(convert(frozen)) is nn.BatchNorm1d
+    frozen = nn.BatchNorm1d(3)
+    frozen.track_running_stats = False
+    with pytest.warns(UserWarning, match="track_running_stats does not say"):
+        assert type(convert(frozen)) is nn.BatchNorm1d
+    for give in (
+        lambda m: setattr(m, "schedule", "of its own"),
+        lambda m: m.register_buffer("schedule", torch.ones(2)),
+        lambda m: m.add_module("schedule", nn.ReLU()),
+    ):
+        give(other := nn.BatchNorm1d(3))
+        with pytest.warns(UserWarning, match="it has a schedule of its own"):
+            assert type(convert(other)) is nn.BatchNorm1d
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:Please use quant:UserWarning")
+def test_what_is_prepared_for_quantisation_is_left_alone_aloud():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)).train()
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    quantization.fuse_modules_qat(model, [["0", "1"]], inplace=True)
+    quantization.prepare_qat(model, inplace=True)
+    with pytest.warns(UserWarning, match="0.bn, .*: ConvBn2d around it reads its running_var"):
+        convert(model)
+    assert type(model[0].bn) is nn.BatchNorm2d and type(model[2]) is BatchRenorm2d
+    model(torch.randn(2, 3, 5, 5))
 
 
 def test_doing_it_twice_or_where_there_is_nothing():
@@ -378,6 +454,8 @@ def test_skip_takes_a_module_and_wins_for_shared_layers():
         ({"skip": "hed"}, ValueError, "skip must name modules of the model, got 'hed'"),
         ({"skip": [3]}, TypeError, "skip must be a name, .* got int"),
         ({"skip": 3}, TypeError, "skip must be a name, .* got int"),
+        ({"skip": nn.Linear(1, 1)}, ValueError, "skip must have modules .* got a Linear that is"),
+        ({"report": True}, TypeError, "report must be callable, such as print, got True"),
         ({"from_now": 1}, TypeError, "from_now must be a bool, got 1"),
         ({"skip_nonfinite": None}, TypeError, "skip_nonfinite must be a bool, got None"),
     ],
@@ -397,11 +475,12 @@ def test_bad_arguments_change_nothing(options, error, message):
         ("running_var", -1.0, "1.norm.running_var must be finite and >= 0, got -1.0 in 1 of 3"),
         ("running_var", torch.nan, "1.norm.running_var must be finite and >= 0, got nan in 1 of 3"),
         ("running_mean", torch.inf, "1.norm.running_mean must be finite, got inf in 1 of 3"),
+        ("num_batches_tracked", -2, "1.norm.num_batches_tracked must be finite and >= 0, got -2"),
     ],
 )
 def test_bad_statistics_change_nothing(name, bad, message):
     model = network()
-    getattr(model[1].norm, name)[1] = bad
+    getattr(model[1].norm, name).view(-1)[-2:][0] = bad
     before, text = {n: t.nan_to_num() for n, t in everything(model).items()}, repr(model)
     with pytest.raises(ValueError, match=message):
         convert(model)

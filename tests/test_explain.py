@@ -201,7 +201,7 @@ def test_explain_says_what_the_kernel_will_do():
         (dict(shape=[4, 0, 2]), "shape must be"),
         (dict(shape=[4, 4], dtype=torch.int32), "dtype must be one of float32, .* got 'int32'"),
         (dict(shape=[4, 4], device_like="v100"), "device_like must be .*h200.* got 'v100'"),
-        (dict(shape=[4, 4], device_like="0"), "device_like must be a number of SMs or one of"),
+        (dict(shape=[4, 4], device_like="0"), "device_like must be a number of SMs below 65536"),
     ],
 )
 def test_explain_refuses(arguments, complaint):
@@ -217,7 +217,7 @@ def test_the_command_line():
     wrong = subprocess.run(
         [*command, "--shape", "32,0"], capture_output=True, text=True, check=False
     )
-    assert wrong.returncode != 0
+    assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: shape must be")
 
 
@@ -245,15 +245,29 @@ def test_a_shape_in_two_suites_is_explained_once():
         (["--suite", "resnet50,resnet18"], "suite must be one of resnet50, resnet50-large, "),
         (["--suite", "rl", "--dtype", "int8"], "dtype must be one of float32, float16, "),
         (["--suite", "rl", "--layout", "nchw,"], "layout must be one of nchw, nhwc, all, got ''"),
-        (["--suite", "rl", "--device-like", "v100"], "device_like must be a number of SMs or one "),
+        (["--suite", "rl", "--device-like", "v100"], "device_like must be a number of SMs below "),
         (["--suite", "rl", "--json", "/dev/null/x"], "Not a directory"),
+        (["--shape", "3"], "shape must be [N, C, ...] with every size at least 1, got [3]"),
+        # The planner counts in 32 bits.
+        (["--shape", "9223372036854775807,3"], "fewer than 2**31 channels, got [92233720368547"),
+        (["--shape", "4294967296,4294967296,4"], "shape must have at most 2**40 elements"),
+        (["--shape", "2,3", "--device-like", "99999999999"], "a number of SMs below 65536 or one"),
     ],
 )
-def test_a_bad_name_is_one_clear_error(options, known):
-    with pytest.raises(SystemExit) as stopped:
-        main(["explain", *options])
-    message = str(stopped.value.code)
+def test_a_bad_name_is_one_clear_error(options, known, capsys):
+    assert main(["explain", *options]) == 2
+    printed = capsys.readouterr()
+    message = printed.err.removesuffix("\n")
     assert message.startswith("error: ") and known in message and "\n" not in message
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("sizes", [(2**40, 1), (2**9, 2**31 - 1), (1, 1, 2**40), (2**20, 2**20)])
+@pytest.mark.parametrize("device_like", ["1", "h200", "65535"])
+def test_the_largest_shapes_are_planned_without_overflow(sizes, device_like):
+    for row in explain.expectations([sizes], ["float64"], ["nchw", "nhwc"], device_like):
+        assert row.tensor_bytes > 2**42 and row.floor_bytes >= 2 * row.tensor_bytes
+        assert row.moved_bytes >= row.floor_bytes and row.times_read >= 1 and row.slabs > 0
 
 
 @pytest.mark.parametrize("options", [[], ["--suite", "rl", "--shape", "4,4"]])

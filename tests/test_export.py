@@ -23,7 +23,9 @@ from batchrenorm_cuda import (
     BatchRenorm1d,
     BatchRenorm2d,
     BatchRenorm3d,
+    LazyBatchRenorm2d,
     RenormSchedule,
+    SyncBatchRenorm,
     convert,
     fold,
 )
@@ -149,6 +151,9 @@ def test_a_jit_trace_of_a_training_step_is_refused_and_changes_nothing():
 def test_a_folded_model_scripts():
     """torch.jit.script compiles Python, and so takes BatchNorm, not BatchRenorm."""
     model, x = network(), images(4)
+    for layer in (model, model[2], SyncBatchRenorm(4), LazyBatchRenorm2d()):
+        with pytest.raises(RuntimeError, match=r"torch.jit.script: .* batchrenorm_cuda.fold\("):
+            torch.jit.script(layer)
     scripted = torch.jit.script(fold(copy.deepcopy(model)))
     torch.testing.assert_close(scripted(x), model(x), **CLOSE)
 
@@ -198,8 +203,17 @@ def steps_of(model, call):
         (lambda p: p, "aot_eager"),
         (reloaded, None),
         (lambda p: p.run_decompositions(), None),
+        (lambda p: p.run_decompositions(), "aot_eager"),
+        (lambda p: reloaded(p.run_decompositions({})), "inductor"),
     ],
-    ids=["as exported", "compiled", "saved and loaded", "decomposed"],
+    ids=[
+        "as exported",
+        "compiled",
+        "saved and loaded",
+        "decomposed",
+        "decomposed, compiled",
+        "decomposed, saved, loaded, compiled",
+    ],
 )
 def test_an_exported_model_goes_on_as_the_model_does(form, backend, strict, training):
     """With its gradients: an operator without them would cut off all layers before it."""
@@ -270,9 +284,8 @@ def onnx_export(model, x, **options):
 
 def run_onnx(program, x):
     runtime = pytest.importorskip("onnxruntime")
-    session = runtime.InferenceSession(
-        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    file = program if isinstance(program, bytes) else program.model_proto.SerializeToString()
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (name,) = (given.name for given in session.get_inputs())
     return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
@@ -316,6 +329,41 @@ def test_onnx_folds_the_layer_into_a_convolution_before_it(how):
     assert nodes(program) == ["Conv", "Relu"]
     for n in (4, 7):
         torch.testing.assert_close(run_onnx(program, images(n)), model(images(n)), **CLOSE)
+
+
+def traced_onnx(model, x, **options):
+    """By the exporter that torch.onnx had before, which goes by torch.jit.trace."""
+    pytest.importorskip("onnx")
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False, **options)
+    return file.getvalue()
+
+
+@EACH_LAYER
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:ONNX export mode:UserWarning")
+def test_onnx_by_the_older_exporter(name):
+    layer, x = trained(name)
+    dynamic = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+    if not layer.track_running_stats:  # torch writes the number of values a channel down
+        dynamic = {}
+    program = traced_onnx(layer, x, **dynamic)
+    assert b"BatchNormalization" in program
+    if x.dtype == torch.bfloat16:  # onnxruntime has no kernel for it
+        return
+    for t in (x, torch.cat([x, 2 * x + 1])) if dynamic else (x,):
+        y = layer(t)
+        torch.testing.assert_close(run_onnx(program, t), y, **tolerance(y))
+
+
+@pytest.mark.parametrize("mode", ["PRESERVE", "TRAINING"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_onnx_of_a_training_step_is_refused_by_the_older_exporter(mode):
+    model = network(training=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"torch.onnx.export: call model.eval\(\) first"):
+        traced_onnx(model, images(4), training=getattr(torch.onnx.TrainingMode, mode))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.training
 
 
 def test_onnx_of_a_training_step_is_refused():

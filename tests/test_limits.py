@@ -90,6 +90,8 @@ def test_bad_limits_change_nothing(whole, arguments, error, message):
         set_limits(model, *arguments) if whole else model[0].set_limits(*arguments)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert repr(model) == repr(model_of())
+    with pytest.raises(error, match=message):  # also where there is no layer to set them in
+        set_limits(nn.Linear(2, 2), *arguments)
 
 
 def test_a_whole_model_at_once():
@@ -103,8 +105,11 @@ def test_a_whole_model_at_once():
     model(torch.randn(4, 3))
     set_steps_per_update(model, 8)  # from 4
     assert [layer.num_batches_tracked.item() for layer in layers] == [4, 2]
-    with pytest.raises(TypeError, match="schedule must be a RenormSchedule, got tuple"):
-        set_schedule(model, (2.0, 1.5))
+    for each in (model, nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="schedule must be a RenormSchedule, got tuple"):
+            set_schedule(each, (2.0, 1.5))
+        with pytest.raises(ValueError, match="steps_per_update must be >= 1, got 0"):
+            set_steps_per_update(each, 0)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         set_limits([model], 2.0, 1.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -15,8 +16,11 @@ from batchrenorm_cuda import (
     BatchRenorm2d,
     BatchRenorm3d,
     RenormSchedule,
+    SyncBatchRenorm,
     batch_renorm,
+    fold,
     reference,
+    update_stats,
 )
 
 LAYERS = [
@@ -183,6 +187,8 @@ def test_the_schedule_can_be_replaced_in_mid_training(device):
         ({"momentum": "x"}, TypeError, "momentum must be a number, got str"),
         ({"schedule": None}, TypeError, "schedule must be a RenormSchedule, got NoneType"),
         ({"dtype": torch.int64}, TypeError, "dtype must be .* got torch.int64"),
+        ({"skip_nonfinite": 3}, TypeError, "skip_nonfinite must be a bool, got 3"),
+        ({"skip_nonfinite": None}, TypeError, "skip_nonfinite must be a bool, got None"),
     ],
 )
 def test_a_bad_constructor_argument_is_named(arguments, error, message):
@@ -221,6 +227,51 @@ def test_the_cumulative_average(device):
     for x in batches:
         module(x)
     torch.testing.assert_close(module.running_mean, batches.mean((0, 1)))
+
+
+def test_the_cumulative_average_of_nothing_is_batch_norm():
+    """As torch's layer, which has no counter either then, and does not ask for one."""
+    options = {"momentum": None, "track_running_stats": False}
+    module, norm = BatchRenorm1d(3, **options), nn.BatchNorm1d(3, **options)
+    x = torch.randn(6, 3)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for training in (True, False):
+        y = norm.train(training)(x)
+        torch.testing.assert_close(module.train(training)(x), y)
+        torch.testing.assert_close(compiled(x), y)
+
+
+@pytest.mark.parametrize("layer", [BatchRenorm1d, SyncBatchRenorm])
+def test_tracking_may_be_switched_off_for_a_forward(layer):
+    """As for virtual adversarial training, which must leave no trace in the statistics: BatchNorm
+    then trains by the batch and leaves them alone."""
+    torch.manual_seed(0)
+    module = layer(3, momentum=0.3, schedule=RenormSchedule.constant(3.0, 5.0))
+    x = torch.randn(6, 3) * 2 + 1
+    module(x)
+    twin, before = copy.deepcopy(module), copy.deepcopy(module.state_dict())
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    y = twin(x)
+    module.track_running_stats = False
+    for call in (module, compiled) if layer is BatchRenorm1d else (module,):
+        assert torch.equal(call(x), y)
+        torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    update_stats(nn.Sequential(module, BatchRenorm1d(3)), [x])  # as update_bn
+    module.load_state_dict(before)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    module.track_running_stats = True
+    module(x)
+    torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+def test_statistics_may_be_taken_away():
+    """What users do to a BatchNorm that is to infer by the batch."""
+    module, norm, x = BatchRenorm1d(3), nn.BatchNorm1d(3), torch.randn(6, 3)
+    module.running_mean = module.running_std = norm.running_mean = norm.running_var = None
+    for training in (True, False):
+        torch.testing.assert_close(module.train(training)(x), norm.train(training)(x))
+    module.load_state_dict(BatchRenorm1d(3).state_dict(), strict=False)
+    torch.testing.assert_close(fold(module)(x), norm(x))
 
 
 def test_the_arguments_of_batch_norm_come_first_and_in_order():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from devices import each_device
@@ -115,6 +116,12 @@ def test_a_schedule_is_a_value():
     assert hash(RenormSchedule()) == hash(RenormSchedule(5000, 3.0, 40000, 5.0, 25000))
     with pytest.raises(AttributeError):
         RenormSchedule().r_max = 2.0
+    # In int32, 40,000 steps of 100,000 microbatches are a negative number.
+    i, f = np.int32, np.float32
+    given = RenormSchedule(i(5000), f(3), i(40000), f(5), i(25000), steps_per_update=i(100_000))
+    plain = RenormSchedule(5000, 3.0, 40000, 5.0, 25000, steps_per_update=100_000)
+    assert given == plain and repr(given) == repr(plain)
+    assert torch.equal(given.as_tensor(), plain.as_tensor())
 
 
 @each_device()

@@ -11,8 +11,21 @@ import pytest
 import torch
 from devices import each_device
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from batchrenorm_cuda import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormSchedule
+from batchrenorm_cuda import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    LazyBatchRenorm1d,
+    LazyBatchRenorm2d,
+    LazyBatchRenorm3d,
+    RenormSchedule,
+    SyncBatchRenorm,
+    convert,
+    fold,
+    update_stats,
+)
 
 SCHEDULE = RenormSchedule(2, 2.0, 9, 3.0, 7)
 KEYS = ["weight", "bias", "running_mean", "running_std", "num_batches_tracked", "schedule"]
@@ -61,6 +74,60 @@ def test_copies_are_whole_and_separate(copied):
     assert torch.equal(module(x), other(x)) and equal_state(module, other)
     other(x)
     assert not equal_state(module, other)
+
+
+EVERY_LAYER = [
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    SyncBatchRenorm,
+    LazyBatchRenorm1d,
+    LazyBatchRenorm2d,
+    LazyBatchRenorm3d,
+]
+CONFIGURATIONS = [
+    {"momentum": momentum, "affine": affine, "bias": bias, "track_running_stats": tracks}
+    | {"schedule": schedule}
+    for momentum in (0.2, None)
+    for affine, bias in ((True, True), (True, False), (False, True))
+    for tracks in (True, False)
+    for schedule in (RenormSchedule(), RenormSchedule(1, math.inf, 2, 0.5, 3, steps_per_update=2))
+]
+
+
+def seen(*_):
+    """A hook. At the top of a file, or nothing could pickle it."""
+
+
+SITUATIONS = {
+    "as constructed": lambda m: None,
+    "half": lambda m: m.half(),
+    "frozen": lambda m: setattr(m, "statistics_frozen", m.track_running_stats),
+    "monitored": lambda m: m.monitor_clipping(m.track_running_stats and not is_lazy(m.running_std)),
+    "hooks": lambda m: (m.register_forward_hook(seen), m.register_load_state_dict_post_hook(seen)),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("layer", EVERY_LAYER)
+def test_every_configuration_is_copied_whole(layer, situation):
+    """Lazy layers, too, but by deepcopy, which torch's tensors without a size refuse."""
+    lazy = "Lazy" in layer.__name__
+    shape = (6, 3) + (2,) * ({"2": 2, "3": 3}.get(layer.__name__[-2], 0))
+    for options in CONFIGURATIONS:
+        module = layer(**options) if lazy else layer(3, **options)
+        SITUATIONS[situation](module)
+        x = torch.randn(shape).to(torch.half if situation == "half" else torch.float)
+        copies = [pickle.loads(pickle.dumps(module)), torch.load(saved(module), weights_only=False)]
+        if not lazy:
+            copies.append(copy.deepcopy(module))
+        for other in copies:
+            assert type(other) is layer and repr(other) == repr(module)
+            assert other.monitors_clipping == module.monitors_clipping
+            other.load_state_dict(copies[0].state_dict())
+        y, *others = [other(x) for other in copies]
+        assert all(torch.equal(y, other) for other in others)
+        assert all(equal_state(copies[0], other) for other in copies)
 
 
 def saved(what):
@@ -181,6 +248,8 @@ def test_half_precision_checkpoints_load_into_float32_statistics(assign):
         ("running_mean", math.nan, "norm.running_mean must be finite, got nan in 1 of 3"),
         ("schedule", 0.5, "norm.schedule: r_max must be >= 1, got 0.5"),
         ("schedule", math.nan, "norm.schedule: r_max must be >= 1, got nan"),
+        # With momentum=None the next average would be one over zero.
+        ("num_batches_tracked", -1, "norm.num_batches_tracked must be .* >= 0, got -1"),
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])
@@ -189,10 +258,63 @@ def test_a_poisoned_checkpoint_is_refused_whole(name, bad, message, strict):
     model.add_module("norm", trained())
     before = copy.deepcopy(model)
     state = copy.deepcopy(trained(steps=7).state_dict(prefix="norm."))
-    state[f"norm.{name}"][1] = bad
+    state[f"norm.{name}"].view(-1)[-4:][0] = bad
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state, strict=strict)
     assert equal_state(model, before) and repr(model) == repr(before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("bad", [3.0, [1.0, 1.0, 1.0], "x", None], ids=repr)
+@pytest.mark.parametrize("name", [*KEYS, "running_var"])
+def test_what_is_not_a_tensor_is_reported_with_all_else_that_does_not_load(name, bad, strict):
+    """A checkpoint that went through JSON, say. Weight and bias are torch's to refuse."""
+    model = nn.Sequential(trained(), nn.Linear(2, 2))
+    before = copy.deepcopy(model[0])
+    given = nn.BatchNorm1d(3) if name == "running_var" else trained(steps=7)
+    state = nn.Sequential(given, nn.Linear(3, 3)).state_dict()
+    state[f"0.{name}"] = bad
+    with pytest.raises(RuntimeError) as raised:
+        model.load_state_dict(state, strict=strict)
+    assert "size mismatch for 1.weight" in str(raised.value)
+    if name in ("weight", "bias"):
+        assert f'"0.{name}", expected torch.Tensor' in str(raised.value)
+    else:
+        assert f"0.{name} must be a Tensor, got {type(bad).__name__}" in str(raised.value)
+        assert equal_state(model[0], before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_counter_that_went_through_half_precision_loads_if_it_did_fit(assign):
+    module = BatchRenorm1d(3)
+    state = {name: t.half() for name, t in trained().state_dict().items()}
+    module.load_state_dict(state, assign=assign)
+    assert module.num_batches_tracked == 4 and module.num_batches_tracked.dtype == torch.int64
+    state["num_batches_tracked"] = torch.tensor(100_000).half()
+    with pytest.raises(RuntimeError, match="num_batches_tracked must be finite and .* got inf"):
+        module.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.to_sparse, lambda t: t + 0j], ids=["sparse", "0j"])
+@pytest.mark.parametrize("name", ["running_mean", "running_std", "running_var", "schedule"])
+def test_a_tensor_of_another_kind_is_reported_too(name, form):
+    module = trained()
+    before = copy.deepcopy(module)
+    state = (nn.BatchNorm1d(3) if name == "running_var" else trained(steps=7)).state_dict()
+    state[name] = form(state[name])
+    with pytest.raises(RuntimeError, match=f"{name} must be a dense tensor of real numbers, got"):
+        module.load_state_dict(state)
+    assert equal_state(module, before)
+
+
+def test_statistics_assigned_from_a_slice_can_be_trained():
+    state = trained().state_dict()
+    for name in ("running_mean", "running_std"):
+        state[name] = torch.stack([state[name], state[name]], 1)[:, 0]
+    module = BatchRenorm1d(3)
+    module.load_state_dict(state, assign=True)
+    assert equal_state(module, trained())
+    module(torch.randn(6, 3))
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
@@ -230,6 +352,7 @@ def test_missing_and_unexpected_keys_are_reported_as_ever():
 CONVERSIONS = {
     "half": (lambda m: m.half(), torch.float16, torch.float32),
     "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16, torch.float32),
+    "type(half)": (lambda m: m.type(torch.half), torch.float16, torch.float32),
     "to(half)": (lambda m: m.to(torch.half), torch.float16, torch.float32),
     "to(cpu, half)": (lambda m: m.to("cpu", torch.half), torch.float16, torch.float32),
     "to(like)": (lambda m: m.to(torch.ones(1).bfloat16()), torch.bfloat16, torch.float32),
@@ -292,6 +415,42 @@ def test_a_meta_module_becomes_real():
     module = BatchRenorm1d(3, device="meta")
     module.load_state_dict(trained().state_dict(), assign=True)
     assert equal_state(module, trained()) and f"schedule={SCHEDULE}" in repr(module)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "num_batches_tracked"])
+def test_a_meta_module_takes_a_batch_norm_for_its_own(name):
+    """By assignment, with what a BatchNorm does not have made on the device of what it has."""
+    peer, x = nn.BatchNorm1d(3), torch.randn(6, 3)
+    peer(x)
+    state = {key: t for key, t in peer.state_dict().items() if key != "num_batches_tracked"}
+    module = BatchRenorm1d(3, device="meta", schedule=SCHEDULE)
+    module.load_state_dict(peer.state_dict() if name == "running_mean" else state, assign=True)
+    assert not any(t.is_meta for t in module.state_dict().values())
+    assert RenormSchedule.from_tensor(module.schedule) == SCHEDULE
+    assert module.num_batches_tracked == (name == "running_mean")
+    torch.testing.assert_close(copy.deepcopy(module).eval()(x), peer.eval()(x))
+    module(x)
+
+
+def test_the_default_device_is_for_what_is_new():
+    """A model is often made or filled in the scope of a device, and here of the meta device."""
+    module, source, x = BatchRenorm1d(3), trained(), torch.randn(6, 3)
+    empty = BatchRenorm1d(3, device="meta")
+    with torch.device("meta"):
+        module.set_schedule(RenormSchedule())
+        module.set_limits(1.5, 0.5)
+        module.set_steps_per_update(2)
+        module.reset_parameters()
+        module.load_state_dict(source.state_dict())
+        empty.load_state_dict(source.state_dict(), assign=True)
+        update_stats(module, [x])
+        module.monitor_clipping()
+        module(x)
+        assert module.read_clipping().steps == 1
+        fold(module), convert(module)
+        assert BatchRenorm1d(3).schedule.is_meta
+    assert equal_state(empty, source) and f"schedule={SCHEDULE}" in repr(empty)
+    module(x), empty(x)
 
 
 def test_share_memory():

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -24,6 +26,7 @@ from batchrenorm_cuda import (
 )
 from batchrenorm_cuda.sync import LazySyncBatchRenorm
 
+GROUP = dist.ProcessGroup(0, 1)  # of this process alone; nothing can copy or pickle it
 SHAPES = {BatchRenorm1d: (6, 3), BatchRenorm2d: (6, 3, 4, 4), BatchRenorm3d: (6, 3, 2, 4, 4)}
 
 
@@ -45,7 +48,7 @@ def test_alone_it_is_the_ordinary_layer_to_the_last_bit(cls):
 
 def test_it_is_constructed_as_sync_batch_norm_is():
     """Positions and names of torch's arguments; the keys of the state of an ordinary layer."""
-    arguments = (3, 1e-3, 0.2, False, True, "group", "cpu", torch.float64)
+    arguments = (3, 1e-3, 0.2, False, True, GROUP, "cpu", torch.float64)
     layer, torchs = SyncBatchRenorm(*arguments), nn.SyncBatchNorm(*arguments)
     for name in ("eps", "momentum", "affine", "track_running_stats", "process_group"):
         assert getattr(layer, name) == getattr(torchs, name)
@@ -79,6 +82,30 @@ def test_it_can_be_pickled_and_copied():
     assert copied[0] is copied[1] is not layer
 
 
+def test_with_a_group_it_can_be_copied_but_not_pickled():
+    """SyncBatchNorm can be neither; a group is of no other process, nor of this one tomorrow."""
+    layer = SyncBatchRenorm(3, process_group=GROUP)
+    assert copy.deepcopy(layer).process_group is GROUP
+    for cannot in (layer, nn.SyncBatchNorm(3, process_group=GROUP)):
+        with pytest.raises(TypeError, match="cannot pickle '.*ProcessGroup'"):
+            pickle.dumps(cannot)
+    layer.process_group = None
+    assert pickle.loads(pickle.dumps(layer)).process_group is None
+
+
+@pytest.mark.parametrize("bad", [3, "gloo", [0, 1]], ids=repr)
+def test_what_is_no_process_group_is_refused_before_anything_has_changed(bad):
+    message = f"process_group must be a ProcessGroup or None, got {re.escape(repr(bad))}"
+    with pytest.raises(TypeError, match=message):
+        SyncBatchRenorm(3, process_group=bad)
+    layer = BatchRenorm1d(3)
+    with pytest.raises(TypeError, match=message):
+        convert_sync(layer, bad)
+    assert type(layer) is BatchRenorm1d
+    # What new_group gives to a process that it leaves out; it says so in the first forward.
+    SyncBatchRenorm(3, process_group=dist.GroupMember.NON_GROUP_MEMBER)
+
+
 class Constructed(BatchRenorm2d):
     def __init__(self):
         super().__init__(3)
@@ -99,10 +126,10 @@ def test_convert_sync_changes_the_class_and_nothing_else():
     shared.register_forward_hook(lambda *_: calls.append(1))
     before = dict(model.state_dict(keep_vars=True))
     reports = []
-    assert convert_sync(model, "group", report=reports.append) is model
+    assert convert_sync(model, GROUP, report=reports.append) is model
 
     layers = [m for m in model.modules() if isinstance(m, SyncBatchRenorm)]
-    assert len(layers) == 4 and all(layer.process_group == "group" for layer in layers)
+    assert len(layers) == 4 and all(layer.process_group is GROUP for layer in layers)
     assert model[0] is model[1][0] is shared and shared.momentum == 0.3 and shared.skip_nonfinite
     after = model.state_dict(keep_vars=True)
     assert after.keys() == before.keys() and all(after[k] is before[k] for k in before)
@@ -140,17 +167,12 @@ def test_parametrized_layers_are_copied_whatever_they_become():
     """Torch gives a parametrized class a __deepcopy__ if it has none; without one, or with one that
     copies the group, copying fails."""
 
-    class Group:  # as a ProcessGroup, which a process that is alone does not have
-        def __reduce_ex__(self, protocol):
-            raise TypeError("cannot pickle")
-
-    group = Group()
     layer = BatchRenorm1d(3)
     parametrize.register_parametrization(layer, "weight", nn.Softplus())
-    for change in (lambda m: convert_sync(m, group), fold, convert):
+    for change in (lambda m: convert_sync(m, GROUP), fold, convert):
         change(layer)
         copied = copy.deepcopy(layer)
-        assert type(copied) is type(layer) and copied.process_group is group
+        assert type(copied) is type(layer) and copied.process_group is GROUP
         assert copied.weight is not layer.weight and torch.equal(copied.weight, layer.weight)
 
 
@@ -161,19 +183,19 @@ def test_torch_fx_takes_it_for_a_leaf_where_there_are_others(monkeypatch):
 
 
 def test_lazy_layers_become_synchronised_with_their_first_input():
-    model = convert_sync(nn.Sequential(LazyBatchRenorm2d(momentum=0.3)), "group")
+    model = convert_sync(nn.Sequential(LazyBatchRenorm2d(momentum=0.3)), GROUP)
     assert type(model[0]) is LazySyncBatchRenorm
     model(torch.randn(4, 3, 2, 2))
-    assert type(model[0]) is SyncBatchRenorm and model[0].process_group == "group"
+    assert type(model[0]) is SyncBatchRenorm and model[0].process_group is GROUP
     assert model[0].momentum == 0.3 and model[0].num_features == 3
 
 
 def test_there_and_back():
     """convert of a SyncBatchNorm, and fold of what convert_sync made of a BatchNorm."""
-    norm = nn.SyncBatchNorm(3, process_group="group")
-    assert type(convert(norm)) is SyncBatchRenorm and norm.process_group == "group"
-    assert type(fold(norm)) is nn.SyncBatchNorm and norm.process_group == "group"
-    model = convert_sync(convert(nn.Sequential(nn.BatchNorm2d(3))), "group")
+    norm = nn.SyncBatchNorm(3, process_group=GROUP)
+    assert type(convert(norm)) is SyncBatchRenorm and norm.process_group is GROUP
+    assert type(fold(norm)) is nn.SyncBatchNorm and norm.process_group is GROUP
+    model = convert_sync(convert(nn.Sequential(nn.BatchNorm2d(3))), GROUP)
     fold(model)
-    assert type(model[0]) is nn.SyncBatchNorm and model[0].process_group == "group"
+    assert type(model[0]) is nn.SyncBatchNorm and model[0].process_group is GROUP
     assert not hasattr(model[0], "schedule")

@@ -18,7 +18,10 @@ RULES = {
     "csrc/kernels/launch.h": ({"csrc/core"}, set()),
     "csrc/kernels/*": ({"csrc/core", "csrc/kernels"}, CUDA),
     "csrc/cpu/*": ({"csrc/core", "csrc/cpu", "csrc/kernels/launch.h"}, {"sys/mman.h"}),
-    "csrc/binding/introspection.cpp": ({"csrc/core"}, {"pybind11/pybind11.h"}),
+    "csrc/binding/introspection.cpp": (
+        {"csrc/core", "csrc/binding/regions.h"},
+        {"pybind11/pybind11.h"},
+    ),
     "csrc/binding/cuda.cpp": (
         {"csrc/core", "csrc/kernels", "csrc/binding"},
         {"cuda_runtime.h", "torch/csrc/stable/*", "torch/headeronly/*"},

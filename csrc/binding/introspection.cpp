@@ -3,6 +3,7 @@
 // operators.
 #include "../core/math.h"
 #include "../core/plan.h"
+#include "regions.h"
 
 #include <pybind11/pybind11.h>
 
@@ -181,6 +182,15 @@ void define(py::module_& m) {
         py::arg("alignment") = 16, py::arg("l2_bytes") = Device{}.l2_bytes,
         "The plan of a pass (forward, backward, inference) over x of [batch, channels, spatial] on "
         "sm_count SMs with an L2 of l2_bytes.");
+
+  m.def("may_repeat", &binding::may_repeat,
+        "Whether this thread is in a backward pass or under saved-tensor hooks, as the operators "
+        "see it.");
+  m.def("under_saved_tensor_hooks", &binding::under_saved_tensor_hooks,
+        "Whether this thread is under saved-tensor hooks, if they are where they were.");
+  m.def(
+      "trust_saved_tensor_hooks", [](bool legible) { binding::hooks_are_legible = legible; },
+      py::arg("legible"), "Whether may_repeat may go by under_saved_tensor_hooks.");
 
   m.attr("MAX_THREADS") = kMaxThreads;
   m.attr("MIN_THREADS") = kMinThreads;

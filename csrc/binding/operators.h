@@ -9,10 +9,15 @@
 #include "../kernels/launch.h"
 #include "allocate.h"
 #include "checks.h"
+#include "regions.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/headeronly/version.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 namespace brn::binding {
@@ -87,28 +92,15 @@ struct Step {
 };
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
-                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                   const OptionalTensor& running_std,
-                                   const OptionalTensor& num_batches_tracked,
-                                   const OptionalTensor& schedule, std::optional<double> momentum,
-                                   double eps, double r_max, double d_max, bool skip_nonfinite) {
-  const typename Backend::Guard guard(x);
-  check_input(x);
-  const Beside beside(x);
-  check_channels(weight, beside, "weight");
-  check_channels(bias, beside, "bias");
-  const Step step{running_mean, running_std, num_batches_tracked, schedule, momentum, eps,
-                  r_max,        d_max,       skip_nonfinite};
-  step.check(beside);
-
+std::tuple<Tensor, Tensor> take(const Step& step, const Tensor& x, const OptionalTensor& weight,
+                                const OptionalTensor& bias) {
   Tensor stats = new_stats(x);
   if (x.numel() == 0) return {torch::stable::empty_like(x), stats};
 
   const Layout layout = layout_of(x);
   const Tensor input = as(x, layout);
   const OptionalTensor packed_weight = packed(weight), packed_bias = packed(bias),
-                       packed_schedule = packed(schedule);
+                       packed_schedule = packed(step.schedule);
   Tensor y = empty_as(input);
 
   ForwardParams params;
@@ -168,6 +160,59 @@ Tensor normalize(const Tensor& x, const OptionalTensor& weight, const OptionalTe
   return y;
 }
 
+// What a forward under activation checkpointing asks batchrenorm_cuda/repeats.py, through the
+// dispatcher. `recall` gives the stats of the forward that this one repeats; nothing, if it is a
+// new step; or throws, where it should be the one and is not. `record` writes down what a
+// repetition needs: stats, of inference none.
+inline Tensor recall(const Tensor& running_mean, bool training) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(running_mean),
+                                    torch::stable::detail::from(training)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("batchrenorm::recall", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor found = torch::stable::detail::to<Tensor>(stack[0]);
+  // The text of an error: an exception would lose it on its way through the C shim.
+  if (found.scalar_type() == ScalarType::Byte)
+    throw std::runtime_error(std::string(static_cast<const char*>(found.const_data_ptr()),
+                                         static_cast<std::size_t>(found.numel())));
+  return found;
+}
+
+inline void record(const Tensor& running_mean, const Tensor& running_std,
+                   const OptionalTensor& stats, double eps) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(running_mean), torch::stable::detail::from(running_std),
+      torch::stable::detail::from(stats), torch::stable::detail::from(eps)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("batchrenorm::record", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
+                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                   const OptionalTensor& running_std,
+                                   const OptionalTensor& num_batches_tracked,
+                                   const OptionalTensor& schedule, std::optional<double> momentum,
+                                   double eps, double r_max, double d_max, bool skip_nonfinite) {
+  const typename Backend::Guard guard(x);
+  check_input(x);
+  const Beside beside(x);
+  check_channels(weight, beside, "weight");
+  check_channels(bias, beside, "bias");
+  const Step step{running_mean, running_std, num_batches_tracked, schedule, momentum, eps,
+                  r_max,        d_max,       skip_nonfinite};
+  step.check(beside);
+
+  if (!running_mean || !may_repeat()) return take<Backend>(step, x, weight, bias);
+
+  const Tensor known = recall(*running_mean, true);
+  const std::tuple<Tensor, Tensor> result =
+      known.numel() > 0
+          ? std::tuple{normalize<Backend>(x, weight, bias, Statistics(known, x)), known}
+          : take<Backend>(step, x, weight, bias);
+  record(*running_mean, *running_std, std::get<1>(result), eps);
+  return result;
+}
+
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& dy, const Tensor& x,
                                                  const OptionalTensor& weight,
@@ -225,6 +270,10 @@ Tensor inference(const Tensor& x, const OptionalTensor& weight, const OptionalTe
                  const Tensor& running_mean, const Tensor& running_std) {
   const typename Backend::Guard guard(x);
   check_input(x);
+  if (may_repeat()) {
+    recall(running_mean, false);
+    record(running_mean, running_std, std::nullopt, 0);
+  }
   return normalize<Backend>(x, weight, bias, Statistics(running_mean, running_std, x));
 }
 
@@ -286,7 +335,7 @@ std::tuple<Tensor, Tensor> merge(const Tensor& gathered, ScalarType dtype,
   step.check(Beside(gathered, params.channels, dtype));
 
   const Tensor messages = packed(gathered);
-  const OptionalTensor packed_schedule = packed(schedule);
+  const OptionalTensor packed_schedule = packed(step.schedule);
   const std::array<std::int64_t, 2> shape{kStatRows, params.channels};
   Tensor stats = torch::stable::new_empty(gathered, shape, statistic_type(dtype));
   Tensor total = new_exchanged(gathered, 0, 2, false);
