@@ -13,23 +13,31 @@
 namespace brn::cpu {
 namespace {
 
-// Calls f(element, length) for the runs of the slab's w-th channel at the positions [begin, end).
+// The element at which the slab's w-th channel has a position.
+BRN_LANES std::int64_t element_at(const Part& part, std::int64_t w, std::int64_t position) {
+  const std::int64_t plane = position < part.plane ? 0 : position / part.plane;
+  return part.first + w * part.plane + plane * part.stride + position - plane * part.plane;
+}
+
+// Calls f(element, length, next) for the runs of the slab's w-th channel at the positions [begin,
+// end). `next` elements further on lies what is read after it: the channel's next plane, or the
+// next channel.
 template <typename F>
 BRN_LANES void for_each_run(const Part& part, std::int64_t w, std::int64_t begin, std::int64_t end,
                             F f) {
   std::int64_t s = begin < part.plane ? begin : begin % part.plane;
-  std::int64_t plane =
-      part.first + w * part.plane + (begin < part.plane ? 0 : begin / part.plane) * part.stride;
+  std::int64_t plane = element_at(part, w, begin) - s;
   for (std::int64_t left = end - begin; left > 0; plane += part.stride, s = 0) {
     const std::int64_t length = part.plane - s < left ? part.plane - s : left;
-    f(plane + s, length);
     left -= length;
+    const bool more = left > 0 || end < part.end;
+    f(plane + s, length, more ? part.stride : element_at(part, w + 1, part.begin) - (plane + s));
   }
 }
 
 // What comes next lies apart from what is at hand, and prefetchers do not see it coming. Of planes
-// of some kilobytes, the same place in the channel's next plane is fetched, vector by vector; of
-// shorter ones, all of the next channel's plane, which is a neighbour; longer ones need no help.
+// of some kilobytes, the same place of the next one is fetched, vector by vector; of shorter ones,
+// all of the next channel's plane, which is a neighbour; longer ones need no help.
 // GB/s of x or of dy and x out of memory, one thread, float32, without and with it: (32, 64, 56,
 // 56), moments 14 and 18, sums 21 and 27; (32, 128, 28, 28), 13 and 17, 16 and 25.
 template <typename T>
@@ -84,19 +92,21 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, 
     const Real count = static_cast<Real>(end - begin);
     const auto shifted = [&](Lanes<T> v) BRN_INLINED { return v - pivots; };
     Lanes<T> sum{};
-    for_each_run(part, w, begin, end, [&](std::int64_t at, std::int64_t length) BRN_INLINED {
-      fetch_neighbour(part, x + at);
-      sum += sum_over_run<kAlong>(x + at, length, part.stride, shifted);
-    });
+    for_each_run(part, w, begin, end,
+                 [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
+                   fetch_neighbour(part, x + at);
+                   sum += sum_over_run<kAlong>(x + at, length, next, shifted);
+                 });
     const Real mean = sum_across(sum) / count;
     const auto squared_deviation = [&](Lanes<T> v) BRN_INLINED {
       const Lanes<T> deviation = (v - pivots) - Lanes<T>::of(mean);
       return deviation * deviation;
     };
     Lanes<T> m2{};
-    for_each_run(part, w, begin, end, [&](std::int64_t at, std::int64_t length) BRN_INLINED {
-      m2 += sum_over_run<false>(x + at, length, 0, squared_deviation);
-    });
+    for_each_run(part, w, begin, end,
+                 [&](std::int64_t at, std::int64_t length, std::int64_t) BRN_INLINED {
+                   m2 += sum_over_run<false>(x + at, length, 0, squared_deviation);
+                 });
     const SharedMoments<Real, Real> tile{count, mean, sum_across(m2)};
     moments = begin == part.begin ? tile : merge(moments, tile);
   }
@@ -198,10 +208,10 @@ BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const
                             const RealOf<T>* centres, const SumRows<RealOf<T>>& rows) {
   using Real = RealOf<T>;
   ChannelSums<T> sums{Lanes<T>::of(centres[w])};
-  const auto add = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+  const auto add = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     fetch_neighbour(part, dy + at);
     fetch_neighbour(part, x + at);
-    sums.template add_run<kAlong>(dy + at, x + at, length, part.stride);
+    sums.template add_run<kAlong>(dy + at, x + at, length, next);
   };
   for_each_run(part, w, part.begin, part.end, add);
   if (sums.vectors > 0) sums.close();
@@ -232,9 +242,9 @@ BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
                                  const Affines<RealOf<T>>& a, T* y) {
   const CentredAffine<Lanes<T>> affine{Lanes<T>::of(a.centre[w]), Lanes<T>::of(a.scale[w]),
                                        Lanes<T>::of(a.shift[w])};
-  const auto normalise = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+  const auto normalise = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     const auto whole = [&](std::int64_t i) BRN_INLINED {
-      if constexpr (kAlong) fetch<true>(y + i + part.stride);
+      if constexpr (kAlong) fetch<true>(y + i + next);
       store(y + i, apply(affine, load(x + i)));
     };
     const auto streamed = [&](std::int64_t i)
@@ -257,9 +267,9 @@ BRN_LANES void channel_project(const Part& part, std::int64_t w, const T* dy, co
   const Lanes<T> centre = Lanes<T>::of(centres[w]);
   const Projection<Lanes<T>> projection{Lanes<T>::of(p.mean_g[w]), Lanes<T>::of(p.slope[w]),
                                         Lanes<T>::of(p.scale[w])};
-  const auto project = [&](std::int64_t at, std::int64_t length) BRN_INLINED {
+  const auto project = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     const auto whole = [&](std::int64_t i) BRN_INLINED {
-      if constexpr (kAlong) fetch<true>(dx + i + part.stride);
+      if constexpr (kAlong) fetch<true>(dx + i + next);
       store(dx + i, apply(projection, load(dy + i), load(x + i) - centre));
     };
     const auto streamed = [&](std::int64_t i) BRN_INLINED {

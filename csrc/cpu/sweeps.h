@@ -24,8 +24,8 @@ struct Entries {
 
   // Calls f(w, along) for the channels of a part of kChannelsFirst, where `along` is constant.
   template <typename F>
-  static void for_each_channel(const Part& part, F f) {
-    if (is_fetched_along<T>(part)) {
+  static void for_each_channel(const Part& part, bool helps, F f) {
+    if (helps && is_fetched_along<T>(part)) {
       for (std::int64_t w = 0; w < part.width; ++w) f(w, std::true_type{});
     } else {
       for (std::int64_t w = 0; w < part.width; ++w) f(w, std::false_type{});
@@ -47,7 +47,10 @@ struct Entries {
 
   static void moments(const Part& part, const T* x, const Real* pivot, Real* mean, Real* m2) {
     if (part.layout == Layout::kChannelsFirst) {
-      for_each_channel(part, [&](std::int64_t w, auto along) BRN_INLINED {
+      // A lone run is read twice, and prefetchers have time for the next: (1, 512, 28, 28),
+      // forward, one thread, 172 us with fetching and 142 without.
+      const bool helps = part.end - part.begin > part.plane;
+      for_each_channel(part, helps, [&](std::int64_t w, auto along) BRN_INLINED {
         const auto moments = channel_moments<along>(part, w, x, pivot[w]);
         mean[w] = moments.mean;
         m2[w] = moments.m2;
@@ -61,7 +64,7 @@ struct Entries {
   static void sums(const Part& part, const T* dy, const T* x, const Real* centres,
                    const SumRows<Real>& out) {
     if (part.layout == Layout::kChannelsFirst) {
-      for_each_channel(part, [&](std::int64_t w, auto along) BRN_INLINED {
+      for_each_channel(part, true, [&](std::int64_t w, auto along) BRN_INLINED {
         channel_sums<along>(part, w, dy, x, centres, out);
       });
     } else {
@@ -72,8 +75,9 @@ struct Entries {
 
   static void normalise(const Part& part, const T* x, const Affines<Real>& a, T* y) {
     if (part.layout == Layout::kChannelsFirst) {
-      for_each_channel(part, [&](std::int64_t w, auto along)
-                                 BRN_INLINED { channel_normalise<along>(part, w, x, a, y); });
+      for_each_channel(part, true, [&](std::int64_t w, auto along) BRN_INLINED {
+        channel_normalise<along>(part, w, x, a, y);
+      });
     } else {
       is_narrow(part) ? narrow_normalise(rows_of(part), x, a, y)
                       : wide_normalise(rows_of(part), x, a, y);
@@ -84,7 +88,7 @@ struct Entries {
   static void project(const Part& part, const T* dy, const T* x, const Real* centres,
                       const Projections<Real>& p, T* dx) {
     if (part.layout == Layout::kChannelsFirst) {
-      for_each_channel(part, [&](std::int64_t w, auto along) BRN_INLINED {
+      for_each_channel(part, true, [&](std::int64_t w, auto along) BRN_INLINED {
         channel_project<along>(part, w, dy, x, centres, p, dx);
       });
     } else {
