@@ -29,8 +29,8 @@ KERNELS = [f"csrc/kernels/{name}.cu" for name in PASSES]
 CUDA, NO_CUDA = ["csrc/binding/cuda.cpp", *KERNELS], ["csrc/binding/no_cuda.cpp"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 
-# Without errno and trapping, loops over channels become vectors: (1, 2048, 7, 7), forward, 105 us and
-# 96.
+# Without errno and trapping, loops over channels become vectors: (1, 2048, 7, 7), forward, 105 us
+# and 96.
 NINJA = """builddir = {out}
 cpp = {cxx} -std=c++17 -O3 -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden $
       -Wall -Wextra {flags}
