@@ -23,17 +23,14 @@ from setuptools.command.build_ext import build_ext
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
 BINDING = ["csrc/binding/schema.cpp", "csrc/binding/cpu.cpp", "csrc/binding/introspection.cpp"]
 PASSES = "forward backward inference moments merge backward_sums backward_project".split()
-CPU = [f"csrc/cpu/{name}.cpp" for name in PASSES]
-CPU += [f"csrc/cpu/{name}.cpp" for name in ("isa", "isa_baseline", "isa_avx2", "isa_avx512")]
+CPU = [f"csrc/cpu/{n}.cpp" for n in [*PASSES, "isa", "isa_baseline", "isa_avx2", "isa_avx512"]]
 KERNELS = [f"csrc/kernels/{name}.cu" for name in PASSES]
 CUDA, NO_CUDA = ["csrc/binding/cuda.cpp", *KERNELS], ["csrc/binding/no_cuda.cpp"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
 
-# Without errno and trapping, loops over channels become vectors: (1, 2048, 7, 7), forward, 105 us
-# and 96.
+# Without errno and traps, loops over channels become vectors: 9% of (1, 2048, 7, 7) forward.
 NINJA = """builddir = {out}
-cpp = {cxx} -std=c++17 -O3 -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden $
-      -Wall -Wextra {flags}
+cpp = {cxx} -std=c++17 -O3 -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden {flags}
 cu = {cuda}/bin/nvcc -ccbin {cxx} -std=c++17 -O3 -lineinfo {gencode} --threads {threads} $
       -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden
 rule compile
@@ -117,7 +114,7 @@ class Build(build_ext):
         arches, seen = choose_architectures(cuda / "bin/nvcc") if cuda else ([], "")
         what = f"CPU and CUDA kernels for {';'.join(arches)} ({seen}; " if cuda else "CPU kernels ("
         print(f"batchrenorm_cuda: {what}{why}), against torch {torch_version}", flush=True)
-        flags = f"-isystem {torch}/include -isystem {sysconfig.get_path('include')}"
+        flags = f"-W -Wall -isystem {torch}/include -isystem {sysconfig.get_path('include')}"
         flags += f" -isystem {cuda}/include" * bool(cuda) + " " + os.environ.get("CXXFLAGS", "")
         libraries = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu"
         if cuda:  # the static runtime: torch may have none, or another minor version
