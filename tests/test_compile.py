@@ -253,6 +253,8 @@ def test_opcheck(name, device):
         opcheck(ops.renormalize, (x, w, b, stats))
         opcheck(ops.inference, (x, w, b, mean, std))
         opcheck(ops.inference_backward, (dy, x, w, mean, std))
+        opcheck(ops.recall, (mean, True))
+        opcheck(ops.record, (mean, std, stats, 1e-5))
 
         opcheck(ops.moments, (x, True))
         messages = ops.moments(x, True).expand(2, -1)
@@ -273,7 +275,7 @@ def test_every_operator_is_checked():
     assert ours == alone | {"backward", "inference_backward"} | together | {
         "before_step",
         "count_clipping",
-        "recall",  # these two are called by operators alone, and never traced
+        "recall",
         "record",
     }
 
