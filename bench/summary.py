@@ -1,17 +1,19 @@
-"""What a run says in a few lines: ratios to F.batch_norm over all shapes, as a Markdown table.
+"""What a run says in a few lines, as Markdown tables: ratios to F.batch_norm over all shapes, and
+on the CPU the share of a copy's speed beyond the last-level cache.
 
-python -m bench.summary bench/results/cpu/cpu.json
+    python -m bench.summary bench/results/cpu/cpu.json
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import OPS, OURS
+from . import OPS, OURS, PEER
 
 
 def _text(ratios: list[float]) -> str:
@@ -49,6 +51,26 @@ def lines(results: dict) -> Iterator[str]:
         yield f"| {layout.upper()}, {dtype} | {threads or ''} | {cells} |"
 
 
+def beyond_the_cache(results: dict) -> Iterator[str]:
+    """A row for each dtype: the median of the roof over shapes, layouts and threads, the smallest
+    and the largest, and the peer's median."""
+    if results["header"]["device"] != "cpu":
+        return
+    large = [r for r in results["rows"] if "us" in r and r["tensor_bytes"] > results["cache_bytes"]]
+    for dtype in dict.fromkeys(row["dtype"] for row in large):
+        cells = []
+        for op in ("forward", "backward"):
+            ours, theirs = (
+                [r["of_roof"] for r in large if (r["provider"], r["op"], r["dtype"]) == key]
+                for key in ((OURS, op, dtype), (PEER, op, dtype))
+            )
+            median, peer = statistics.median(ours), statistics.median(theirs)
+            cells.append(f"{median:.2f} ({min(ours):.2f} ... {max(ours):.2f}); {peer:.2f}")
+        memory = "kept" if results["header"].get("allocator") else "mapped anew"
+        yield f"| {memory}, {dtype} | {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
     for path in sys.argv[1:]:
-        print("\n".join(lines(json.loads(Path(path).read_text()))))
+        results = json.loads(Path(path).read_text())
+        print("\n".join([*lines(results), "", *beyond_the_cache(results)]))
