@@ -44,6 +44,7 @@ CUTS += [
 ]
 CPU = torch.device("cpu")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 BOTH_LAYOUTS = pytest.mark.parametrize("form", ["contiguous", "channels_last"])
 
 
@@ -171,6 +172,43 @@ def test_rounding_is_to_the_nearest_and_to_even(dtype):
     one, zero = torch.ones_like(values), torch.zeros_like(values)
     y = ops.inference(one.to(dtype).view(1, -1), values, None, zero, one)[0]
     assert torch.equal(y.nan_to_num(nan=1.25), values.to(dtype).nan_to_num(nan=1.25))
+
+
+def _first_element(x):
+    x.flatten(2)[0, :, 0] = 1000.0
+
+
+def _first_elements(x):
+    x.flatten(2)[0, :, :16] = 1000.0
+
+
+def _planes(x):
+    x += 1000.0 * torch.arange(x.size(0)).view(-1, 1, 1, 1)
+
+
+def _all(x):
+    x += 3000.0
+
+
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("move", [_first_element, _first_elements, _planes, _all])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_cancels_in_the_moments(dtype, move, form):
+    """Deviations are taken from a first element, or from a mean of few: what lies far from those,
+    or all far from 0, must not cost precision. What they lose is 7 eps at the most. Channels of
+    few vectors and of many, of runs shorter than a vector, and in several parts."""
+    shapes = [(1, 3, 7, 7), (4, 3, 14, 14), (1, 3, 40, 40), (64, 3, 14, 14), (40, 3, 1, 7)]
+    for shape in [*shapes, (1, 2, 300, 300), (9, 70, 64, 16), (300, 33, 1, 1)]:
+        torch.manual_seed(0)
+        x = torch.randn(shape)
+        move(x)
+        x = x.to(dtype).contiguous(memory_format=FORMATS[form])
+        _, stats = ops.forward(x, None, None, None, None, None, None, 0.1, 1e-30, 1.0, 0.0, False)
+        pivot, offset, inv_std, *_ = stats.double()
+        std, mean = torch.std_mean(x.double(), (0, 2, 3), correction=0)
+        eps = torch.finfo(torch.float32).eps
+        assert (inv_std * std - 1).abs().max() <= 16 * eps, shape
+        assert ((pivot + offset - mean).abs() <= 4 * eps * (std + offset.abs())).all(), shape
 
 
 @BOTH_LAYOUTS

@@ -30,16 +30,19 @@ BRN_LANES Lanes<T> apply(const CentredAffine<Lanes<T>>& a, Lanes<T> x) {
   return (x - a.centre) * a.scale + a.shift;
 }
 
+// Of values, and of their products with others.
 template <typename T>
 struct LaneSums {
-  Lanes<T> g;
-  Lanes<T> gx;
+  Lanes<T> values;
+  Lanes<T> products;
 
+  static BRN_LANES LaneSums of(Lanes<T> v, Lanes<T> w) { return {v, v * w}; }
   BRN_LANES LaneSums& operator+=(LaneSums b) {
-    g += b.g;
-    gx += b.gx;
+    values += b.values;
+    products += b.products;
     return *this;
   }
+  friend BRN_LANES LaneSums operator+(LaneSums a, LaneSums b) { return a += b; }
 };
 
 // A sum and the rounding errors it has made (Knuth's two-sum): as good as one in twice the

@@ -46,6 +46,7 @@ struct Backward : SumsReduction<T> {
       slope.store(facts[kSlope] + w, n);
       scale.store(facts[kScale] + w, n);
     });
+    for (const Fact row : {kMeanG, kSlope, kScale}) sweeps<T>().arrange(slab, facts[row]);
   }
 
   void write(const Part& part, const Table<Real>& facts) const {

@@ -34,6 +34,7 @@ struct Project {
         facts[kScale][w + k] = p.scale;
       }
     });
+    for (const Fact row : {kCentre, kMeanG, kSlope, kScale}) sweeps<T>().arrange(slab, facts[row]);
   }
 
   void write(const Part& part, const Table<Real>& facts) const {

@@ -1,5 +1,5 @@
 // The sweeps of kChannelsLast, for rows of at least a vector. Each lane is a channel; a tile is
-// kRows rows of one vector, which stay in registers between its mean and its m2.
+// kRows rows of one vector.
 #pragma once
 
 #include "../core/math.h"
@@ -41,94 +41,96 @@ BRN_LANES std::int64_t fetched_ahead(const Rows& rows) {
 template <typename T>
 using LaneMoments = SharedMoments<RealOf<T>, Lanes<T>>;
 
+// Of `rows` rows, around the first of them, whose squares are at most kRows times m2.
 template <typename T>
 BRN_LANES LaneMoments<T> tile_moments(const T* x, std::int64_t stride, std::int64_t ahead,
-                                      Lanes<T> pivot) {
-  Lanes<T> u[kRows];
-  for (int k = 0; k < kRows; ++k) {
+                                      Lanes<T> pivot, int rows) {
+  const Lanes<T> first = load(x);
+  fetch(x + ahead);
+  Lanes<T> sum[2] = {};
+  Lanes<T> squares[2] = {first - first, {}};  // of infinity: NaN
+  for (int k = 1; k < rows; ++k) {
     fetch(x + k * stride + ahead);
-    u[k] = load(x + k * stride) - pivot;
+    const Lanes<T> d = load(x + k * stride) - first;
+    sum[k % 2] += d;
+    squares[k % 2] += d * d;
   }
-  const Lanes<T> mean = sum_of<kRows>(u) * (RealOf<T>(1) / kRows);
-  for (int k = 0; k < kRows; ++k) u[k] = (u[k] - mean) * (u[k] - mean);
-  return {kRows, mean, sum_of<kRows>(u)};
+  const Lanes<T> d = sum[0] + sum[1];
+  const Lanes<T> mean = d * (RealOf<T>(1) / rows);
+  return {static_cast<RealOf<T>>(rows), (first - pivot) + mean,
+          (squares[0] + squares[1]) - d * mean};
 }
 
-// Of fewer rows.
+// Values of columns lie vector by vector, in the order of lanes, at the place of their first
+// column. Where the width is no multiple of a vector, the last one covers columns of the one before
+// it: its values come after those of all whole vectors, and to the same.
 template <typename T>
-BRN_LANES LaneMoments<T> short_moments(const T* x, std::int64_t stride, Lanes<T> pivot,
-                                       std::int64_t rows) {
-  Lanes<T> mean{};
-  Lanes<T> m2{};
-  for (std::int64_t k = 0; k < rows; ++k) mean += load(x + k * stride) - pivot;
-  mean = mean * (RealOf<T>(1) / static_cast<RealOf<T>>(rows));
-  for (std::int64_t k = 0; k < rows; ++k) {
-    const Lanes<T> deviation = (load(x + k * stride) - pivot) - mean;
-    m2 += deviation * deviation;
+BRN_LANES std::int64_t whole_columns(std::int64_t width) {
+  return width / kLanes<T> * kLanes<T>;
+}
+template <typename T>
+BRN_LANES void arrange_columns(std::int64_t width, RealOf<T>* values) {
+  const std::int64_t whole = whole_columns<T>(width);
+  if (whole < width) {
+    store_lanes(values + whole, quiet(load_reals<T>(values + width - kLanes<T>)));
   }
-  return {static_cast<RealOf<T>>(rows), mean, m2};
+  for (std::int64_t c = 0; c < whole; c += kLanes<T>) {
+    store_lanes(values + c, quiet(load_reals<T>(values + c)));
+  }
+}
+// Back to one value a column.
+template <typename T>
+BRN_LANES void spread_columns(std::int64_t width, RealOf<T>* values) {
+  const std::int64_t whole = whole_columns<T>(width);
+  for (std::int64_t c = 0; c < whole; c += kLanes<T>) {
+    store_reals(values + c, load_lanes<T>(values + c));
+  }
+  if (whole < width) store_reals(values + width - kLanes<T>, load_lanes<T>(values + whole));
 }
 
-// Values that are kept of each channel.
-template <typename Real, int kValues>
-struct Kept {
-  Real* rows[kValues];
-
-  BRN_LANES Kept at(std::int64_t c) const {
-    Kept moved = *this;
-    for (Real*& row : moved.rows) row += c;
-    return moved;
-  }
-};
-
-// Calls f(row, height, column, kept) for each tile. Where the width is no multiple of a vector, the
-// last one covers columns of the one before it: what is kept of it lies apart meanwhile, and comes
-// to the same.
-template <int kValues, typename T, typename F>
-BRN_LANES void for_each_tile(const Rows& rows, const Kept<RealOf<T>, kValues>& kept, F f) {
-  const std::int64_t whole = rows.width / kLanes<T> * kLanes<T>;
-  const std::int64_t last = rows.width - kLanes<T>;
-  RealOf<T> apart[kValues][kLanes<T>] = {};
-  Kept<RealOf<T>, kValues> kept_apart;
-  for (int i = 0; i < kValues; ++i) kept_apart.rows[i] = apart[i];
+// Calls f(row, height, column, place) for each tile; place: where its columns' values lie.
+template <typename T, typename F>
+BRN_LANES void for_each_tile(const Rows& rows, F f) {
+  const std::int64_t whole = whole_columns<T>(rows.width);
   for (std::int64_t row = 0; row < rows.count; row += kRows) {
     const std::int64_t height = rows.count - row < kRows ? rows.count - row : kRows;
-    for (std::int64_t c = 0; c < whole; c += kLanes<T>) f(row, height, c, kept.at(c));
-    if (whole < rows.width) f(row, height, last, kept_apart);
+    for (std::int64_t c = 0; c < whole; c += kLanes<T>) f(row, height, c, c);
+    if (whole < rows.width) f(row, height, rows.width - kLanes<T>, whole);
   }
-  if (whole == rows.width) return;
-  for (int i = 0; i < kValues; ++i) std::memcpy(kept.rows[i] + last, apart[i], sizeof(apart[i]));
 }
 
 template <typename T>
 void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
                   RealOf<T>* m2) {
   const std::int64_t ahead = fetched_ahead<T>(rows);
-  const auto add = [&](std::int64_t row, std::int64_t height, std::int64_t c,
-                       const Kept<RealOf<T>, 2>& kept) BRN_INLINED {
+  for_each_tile<T>(rows, [&](std::int64_t row, std::int64_t height, std::int64_t c,
+                             std::int64_t place) BRN_INLINED {
     const T* tile = x + rows.first + row * rows.stride + c;
     const Lanes<T> pivots = load_reals<T>(pivot + c);
-    LaneMoments<T> moments = height == kRows ? tile_moments(tile, rows.stride, ahead, pivots)
-                                             : short_moments(tile, rows.stride, pivots, height);
+    LaneMoments<T> moments =
+        height == kRows ? tile_moments(tile, rows.stride, ahead, pivots, kRows)
+                        : tile_moments(tile, rows.stride, 0, pivots, static_cast<int>(height));
     if (row > 0) {
       moments = merge(
-          {static_cast<RealOf<T>>(row), load_reals<T>(kept.rows[0]), load_reals<T>(kept.rows[1])},
+          {static_cast<RealOf<T>>(row), load_lanes<T>(mean + place), load_lanes<T>(m2 + place)},
           moments);
     }
-    store_reals<T>(kept.rows[0], moments.mean);
-    store_reals<T>(kept.rows[1], moments.m2);
-  };
-  for_each_tile<2, T>(rows, {{mean, m2}}, add);
+    store_lanes(mean + place, moments.mean);
+    store_lanes(m2 + place, moments.m2);
+  });
+  if (rows.count == 0) return;
+  spread_columns<T>(rows.width, mean);
+  spread_columns<T>(rows.width, m2);
 }
 
 template <typename T>
 void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                const SumRows<RealOf<T>>& out) {
   const std::int64_t ahead = fetched_ahead<T>(rows);
-  const auto add = [&](std::int64_t row, std::int64_t height, std::int64_t c,
-                       const Kept<RealOf<T>, 4>& kept) BRN_INLINED {
+  for_each_tile<T>(rows, [&](std::int64_t row, std::int64_t height, std::int64_t c,
+                             std::int64_t place) BRN_INLINED {
     const std::int64_t tile = rows.first + row * rows.stride + c;
-    const Lanes<T> centre = load_reals<T>(centres + c);
+    const Lanes<T> centre = load_lanes<T>(centres + place);
     LaneSums<T> sums{};
     if (height == kRows) {
       for (int k = 0; k < kRows; ++k) {
@@ -139,23 +141,26 @@ void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centr
     } else {
       for (std::int64_t k = tile; k < tile + height * rows.stride; k += rows.stride) {
         const Lanes<T> g = load(dy + k);
-        sums += {g, g * (load(x + k) - centre)};
+        sums += LaneSums<T>::of(g, load(x + k) - centre);
       }
     }
     ExactSum<Lanes<T>> g{};
     ExactSum<Lanes<T>> gx{};
     if (row > 0) {
-      g = {load_reals<T>(kept.rows[0]), load_reals<T>(kept.rows[1])};
-      gx = {load_reals<T>(kept.rows[2]), load_reals<T>(kept.rows[3])};
+      g = {load_lanes<T>(out.g + place), load_lanes<T>(out.g_error + place)};
+      gx = {load_lanes<T>(out.gx + place), load_lanes<T>(out.gx_error + place)};
     }
-    g.add(sums.g);
-    gx.add(sums.gx);
-    store_reals<T>(kept.rows[0], g.sum);
-    store_reals<T>(kept.rows[1], g.error);
-    store_reals<T>(kept.rows[2], gx.sum);
-    store_reals<T>(kept.rows[3], gx.error);
-  };
-  for_each_tile<4, T>(rows, {{out.g, out.g_error, out.gx, out.gx_error}}, add);
+    g.add(sums.values);
+    gx.add(sums.products);
+    store_lanes(out.g + place, g.sum);
+    store_lanes(out.g_error + place, g.error);
+    store_lanes(out.gx + place, gx.sum);
+    store_lanes(out.gx_error + place, gx.error);
+  });
+  if (rows.count == 0) return;
+  for (RealOf<T>* row : {out.g, out.g_error, out.gx, out.gx_error}) {
+    spread_columns<T>(rows.width, row);
+  }
 }
 
 // What is written goes by kTogether rows of a vector each, which share their parameters. Two
@@ -176,14 +181,14 @@ struct Ahead {
   }
 };
 
-// Calls f(element, rows, column) for each vector of columns, kTogether rows at a time.
+// Calls f(element, rows, place) for each vector of columns, kTogether rows at a time.
 template <typename T, typename F>
 BRN_LANES void for_each_vector(const Rows& rows, F f) {
-  const std::int64_t whole = rows.width / kLanes<T> * kLanes<T>;
+  const std::int64_t whole = whole_columns<T>(rows.width);
   const auto each = [&](std::int64_t at, std::int64_t height) BRN_INLINED {
     for (std::int64_t c = 0; c < whole; c += kLanes<T>) f(at + c, height, c);
     // Over columns that are done, with the same result.
-    if (whole < rows.width) f(at + rows.width - kLanes<T>, height, rows.width - kLanes<T>);
+    if (whole < rows.width) f(at + rows.width - kLanes<T>, height, whole);
   };
   for (std::int64_t row = 0; row < rows.count; row += kTogether) {
     const std::int64_t at = rows.first + row * rows.stride;
@@ -200,9 +205,10 @@ void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T
   const Ahead<T> ahead(rows);
   const bool streamed =
       rows.streamed && rows.width % kLanes<T> == 0 && is_aligned(y + rows.first, rows.stride);
-  const auto normalise = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
-    const CentredAffine<Lanes<T>> affine{load_reals<T>(a.centre + c), load_reals<T>(a.scale + c),
-                                         load_reals<T>(a.shift + c)};
+  const auto normalise = [&](std::int64_t at, std::int64_t height, std::int64_t place) BRN_INLINED {
+    const CentredAffine<Lanes<T>> affine{load_lanes<T>(a.centre + place),
+                                         load_lanes<T>(a.scale + place),
+                                         load_lanes<T>(a.shift + place)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
       fetch(x + at + ahead.elements);
       const Lanes<T> made = apply(affine, load(x + at));
@@ -223,10 +229,11 @@ void wide_project(const Rows& rows, const T* dy, const T* x, const RealOf<T>* ce
   const Ahead<T> ahead(rows);
   const bool streamed =
       rows.streamed && rows.width % kLanes<T> == 0 && is_aligned(dx + rows.first, rows.stride);
-  const auto project = [&](std::int64_t at, std::int64_t height, std::int64_t c) BRN_INLINED {
-    const Lanes<T> centre = load_reals<T>(centres + c);
-    const Projection<Lanes<T>> projection{load_reals<T>(p.mean_g + c), load_reals<T>(p.slope + c),
-                                          load_reals<T>(p.scale + c)};
+  const auto project = [&](std::int64_t at, std::int64_t height, std::int64_t place) BRN_INLINED {
+    const Lanes<T> centre = load_lanes<T>(centres + place);
+    const Projection<Lanes<T>> projection{load_lanes<T>(p.mean_g + place),
+                                          load_lanes<T>(p.slope + place),
+                                          load_lanes<T>(p.scale + place)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
       fetch(dy + at + ahead.elements);
       fetch(x + at + ahead.elements);

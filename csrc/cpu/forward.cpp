@@ -69,6 +69,7 @@ struct Forward : MomentsReduction<T> {
       if (moved_std != nullptr) next_std.store(moved_std + c, n);
       if (poison != Real(0)) finite.store(false, std::memory_order_relaxed);
     });
+    for (const Fact row : {kCentre, kScale, kShift}) sweeps<T>().arrange(slab, facts[row]);
   }
 
   void write(const Part& part, const Table<Real>& facts) const {

@@ -41,6 +41,7 @@ struct Inference {
       scale.store(facts[kScale] + w, n);
       shift.store(facts[kShift] + w, n);
     });
+    for (const Fact row : {kCentre, kScale, kShift}) sweeps<T>().arrange(slab, facts[row]);
   }
 
   void write(const Part& part, const Table<Real>& facts) const {

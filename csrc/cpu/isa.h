@@ -24,7 +24,8 @@ struct Part {
   std::int64_t stride;   // elements from plane to plane, or in kChannelsLast from row to row
   std::int64_t begin;
   std::int64_t end;
-  bool streamed;  // what is written goes past the caches, which are smaller
+  std::int64_t next;  // kChannelsFirst: elements to the slab that is reduced next; 0: none
+  bool streamed;      // what is written goes past the caches, which are smaller
 };
 
 // Parameters of `width` channels, as a struct of arrays.
@@ -48,6 +49,8 @@ struct Sweeps {
   using Real = RealOf<T>;
   // pivot[width]: x of each channel at the slab's position 0.
   void (*pivots)(const Part&, const T* x, Real* pivot);
+  // Makes parameters of `width` channels, in place, what sums, normalise and project take.
+  void (*arrange)(const Part&, Real* parameters);
   // mean[width], m2[width] of x - pivot over the part.
   void (*moments)(const Part&, const T* x, const Real* pivot, Real* mean, Real* m2);
   // Sums of dy and of dy * (x - centre) over the part.

@@ -29,6 +29,7 @@ struct VectorOf {
 template <typename Value>
 using Vector = typename VectorOf<Value>::Type;
 using Words = Vector<std::uint32_t>;
+using HalfWords = Vector<std::uint16_t>;
 using SignedWords = Vector<std::int32_t>;
 
 template <typename To, typename From>
@@ -109,6 +110,14 @@ struct Lanes {
     for (int i = 0; i < kVectors; ++i) a.v[i] *= b.v[i];
     return a;
   }
+  friend BRN_LANES Lanes operator/(Lanes a, Lanes b) {
+    for (int i = 0; i < kVectors; ++i) a.v[i] /= b.v[i];
+    return a;
+  }
+  friend BRN_LANES Lanes at_least_one(Lanes a) {
+    for (int i = 0; i < kVectors; ++i) a.v[i] = a.v[i] < 1 ? Vector<Real>{} + 1 : a.v[i];
+    return a;
+  }
   friend BRN_LANES Lanes operator*(Lanes a, Real b) {
     for (int i = 0; i < kVectors; ++i) a.v[i] *= b;
     return a;
@@ -135,15 +144,16 @@ BRN_LANES Lanes<BFloat16> load(const BFloat16* x) {
   return {{bits_of<Vector<float>>(words << 16), bits_of<Vector<float>>(words & 0xffff0000u)}};
 }
 
-// In the upper half of each word, rounded to nearest, ties to even; the lower half is of no
-// account. A NaN stays one.
-BRN_LANES Words upper_bfloat16(Vector<float> v) {
-  const Words bits = bits_of<Words>(v);
-  return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : Words{} + 0x7fc00000u;
-}
-
+// Rounded to nearest, ties to even, both elements of a word at once: the upper halves, and one more
+// where the lower half is more than half of a last place, or just that above an odd one. A NaN has
+// no bits in its lower half: x and dy bring none, and arrange() takes them from parameters.
 BRN_LANES Words packed(Lanes<BFloat16> lanes) {
-  return (upper_bfloat16(lanes.v[0]) >> 16) | (upper_bfloat16(lanes.v[1]) & 0xffff0000u);
+  const Words even = bits_of<Words>(lanes.v[0]);
+  const Words odd = bits_of<Words>(lanes.v[1]);
+  const auto upper = bits_of<HalfWords>((even >> 16) | (odd & 0xffff0000u));
+  const auto lower = bits_of<HalfWords>((even & 0x0000ffffu) | (odd << 16));
+  const auto half = 0x8000 - (upper & 1);
+  return bits_of<Words>(upper - bits_of<HalfWords>(lower > half));
 }
 
 // From the upper half of each word. The exponent is rebased by a multiplication, which is exact and
@@ -262,6 +272,36 @@ BRN_LANES void store_reals(RealOf<T>* p, Lanes<T> lanes) {
     store_vector(p + kCount,
                  shuffle(lanes.v[0], lanes.v[1], interleaved_places<kCount / 2>(places)));
   }
+}
+
+// The same in the order of lanes, vector after vector, which takes no shuffles.
+template <typename T>
+BRN_LANES Lanes<T> load_lanes(const RealOf<T>* p) {
+  Lanes<T> lanes;
+  for (auto& v : lanes.v) {
+    v = load_vector<Vector<RealOf<T>>>(p);
+    p += sizeof(v) / sizeof(*p);
+  }
+  return lanes;
+}
+template <typename T>
+BRN_LANES void store_lanes(RealOf<T>* p, Lanes<T> lanes) {
+  for (const auto& v : lanes.v) {
+    store_vector(p, v);
+    p += sizeof(v) / sizeof(*p);
+  }
+}
+
+// Parameters in which a NaN has no bits in its lower half, as rounding to bfloat16 needs it.
+BRN_LANES Vector<float> quiet_nans(Vector<float> v) {
+  return v == v ? v : bits_of<Vector<float>>(Words{} + 0x7fc00000u);
+}
+template <typename T>
+BRN_LANES Lanes<T> quiet(Lanes<T> lanes) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (Vector<float>& v : lanes.v) v = quiet_nans(v);
+  }
+  return lanes;
 }
 
 // ---- across lanes

@@ -27,17 +27,23 @@ struct Narrow {
   BRN_LANES explicit Narrow(const Rows& rows) : width(rows.width), fold(kLanes<T>) {
     while (fold % 2 == 0 && width * (fold / 2) % kLanes<T> == 0) fold /= 2;
     wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold, rows.streamed};
-    if (wide.width > kMost) __builtin_unreachable();
+    if (wide.width < kLanes<T> || wide.width > kMost) __builtin_unreachable();
     rest = rows.count % fold * rows.width;
     rest_at = wide.first + wide.count * wide.stride;
   }
   BRN_LANES Rows rest_row() const { return {0, 1, wide.width, wide.width, false}; }
 
-  // The parameters of a wide row.
-  BRN_LANES const Real* widen(const Real* values, Real* repeated) const {
-    for (std::int64_t k = 0; k < wide.width; ++k)
-      repeated[k] = k < width ? values[k] : repeated[k - width];
+  // The values of a wide row's columns.
+  BRN_LANES const Real* repeat(const Real* values, Real* repeated) const {
+    for (std::int64_t k = 0, w = 0; k < wide.width; ++k, w = w + 1 < width ? w + 1 : 0) {
+      repeated[k] = values[w];
+    }
     return repeated;
+  }
+  BRN_LANES const Real* widen(const Real* values, Real* arranged) const {
+    repeat(values, arranged);
+    arrange_columns<T>(wide.width, arranged);
+    return arranged;
   }
   BRN_LANES const T* widen_rest(const T* x, T* row) const {
     std::memset(row, 0, static_cast<std::size_t>(wide.width) * sizeof(T));
@@ -55,7 +61,7 @@ void narrow_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf
   Real means[2][Narrow<T>::kMost];  // of the wide rows, of the rest
   Real m2s[2][Narrow<T>::kMost];
   T row[Narrow<T>::kMost];
-  narrow.widen(pivot, pivots);
+  narrow.repeat(pivot, pivots);
   wide_moments(narrow.wide, x, pivots, means[0], m2s[0]);
   if (narrow.rest > 0)
     wide_moments(narrow.rest_row(), narrow.widen_rest(x, row), pivots, means[1], m2s[1]);

@@ -107,6 +107,7 @@ struct SumsReduction {
       centre.store(facts[kCentre] + w, n);
       residue.store(facts[kResidue] + w, n);
     });
+    sweeps<T>().arrange(slab, facts[kCentre]);
   }
 
   void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& sums) const {

@@ -41,6 +41,14 @@ struct Slabs {
   std::int64_t parts = 1;  // of a slab
   std::int64_t share = 0;  // positions of a part; the last may have fewer
 
+  // Elements from a slab to the next, if an L2 has room for much of both; or 0.
+  std::int64_t to_next() const {
+    constexpr std::int64_t kMostBytes = 512 * 1024;
+    const Problem& p = problem;
+    const bool fits = width * p.reduced() * size_of(p.dtype) <= kMostBytes;
+    return p.layout == Layout::kChannelsFirst && fits ? width * p.spatial : 0;
+  }
+
   std::int64_t widest() const {
     return problem.channels - std::max<std::int64_t>(count - 1, 0) * width;
   }
@@ -57,6 +65,7 @@ struct Slabs {
             first ? p.channels * p.spatial : p.channels,
             j * share,
             std::min((j + 1) * share, p.reduced()),
+            0,
             p.elements() * size_of(p.dtype) > kStreamedBytes};
   }
 };
@@ -139,7 +148,7 @@ class Tables {
 
   Tables(std::int64_t slabs, std::int64_t parts, std::int64_t width)
       : parts_(parts),
-        stride_((ceil_div(width, kLine) + 1) * kLine),
+        stride_((ceil_div(width, 2 * kLine) * 2 + 1) * kLine),
         values_(new Real[static_cast<std::size_t>(slabs * rows() * stride_)]) {}
 
   Table<Real> facts(std::int64_t slab) const {
@@ -150,7 +159,8 @@ class Tables {
   }
 
  private:
-  // A line more than a row needs, or rows a power of two apart would meet in one set of the L1.
+  // Rows have room for whole vectors of 16-bit elements, and a line more, or rows a power of two
+  // apart would meet in one set of the L1.
   static constexpr std::int64_t kLine = 64 / sizeof(Real);
 
   std::int64_t rows() const { return Pass::kFacts + parts_ * Pass::kPartials; }
@@ -176,7 +186,12 @@ void run_slab_by_slab(const Slabs& slabs, const Parallel& parallel, const Pass& 
         pass.merge(slabs.part(i, j), partial, total);
       }
       pass.finish(slab, total, facts);
-      for (std::int64_t j = slabs.parts; j-- > 0;) pass.write(slabs.part(i, j), facts);
+      const std::int64_t next = i + 1 < end ? slabs.to_next() : 0;
+      for (std::int64_t j = slabs.parts; j-- > 0;) {
+        Part part = slabs.part(i, j);
+        part.next = next;
+        pass.write(part, facts);
+      }
     }
   });
 }

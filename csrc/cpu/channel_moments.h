@@ -1,0 +1,115 @@
+// Moments of a channel of kChannelsFirst.
+#pragma once
+
+#include "accumulate.h"
+#include "centre.h"
+#include "chains.h"
+#include "isa.h"
+#include "lanes.h"
+#include "runs.h"
+
+#include <cstdint>
+
+namespace brn::cpu {
+namespace {
+
+// Moments, lane by lane and in one sweep: deviations from a centre that is a lane's first element
+// and, from the second block on, its mean so far. m2 is the squares less what the mean moves by,
+// and what that cancels is bounded by the number of vectors in the first block, which is short.
+template <typename T>
+struct ChannelMoments {
+  using Real = RealOf<T>;
+  static constexpr int kFirstBlock = 8;
+
+  const Lanes<T> pivot;
+  Lanes<T> mean;  // of x - pivot
+  Centre<Lanes<T>> centre;
+  Lanes<T> m2{};
+  Lanes<T> count{};
+  Chains<T> chains{kFirstBlock};
+  Lanes<T> in_tails{};  // elements of this block that did not come in a whole vector
+  int tails = 0;
+
+  BRN_LANES ChannelMoments(Lanes<T> pivots, Lanes<T> first)
+      : pivot(pivots), mean(first - pivots), centre(centre_of(pivot, mean)) {}
+
+  BRN_LANES void close() {
+    const Lanes<T> made = Lanes<T>::of(static_cast<Real>(chains.vectors - tails)) + in_tails;
+    const LaneSums<T> sums = chains.take();
+    const Lanes<T> d = sums.values - made * centre.residue;  // around pivot + mean
+    const Lanes<T> dd = sums.products - (sums.values + d) * centre.residue;
+    count += made;
+    const Lanes<T> step = d / at_least_one(count);
+    mean += step;
+    m2 += dd - d * step;
+    centre = centre_of(pivot, mean);
+    in_tails = {};
+    tails = 0;
+  }
+
+  template <bool kAlong>
+  BRN_LANES void add_run(const T* x, std::int64_t length, std::int64_t next) {
+    constexpr int kStep = kLanes<T>;
+    const auto sums_of = [](Lanes<T> d) BRN_INLINED { return LaneSums<T>::of(d, d); };
+    chains.add_run(
+        length, [&](std::int64_t i) BRN_INLINED { return sums_of(load(x + i) - centre.centre); },
+        [&](std::int64_t i) BRN_INLINED {
+          const Mask<T> mask =
+              length >= kStep ? last_elements<T>(length - i) : first_elements<T>(length);
+          in_tails += mask(Lanes<T>::of(1));
+          ++tails;
+          const Lanes<T> v = length >= kStep ? load(x + length - kStep) : load_first(x, length);
+          return sums_of(mask(v - centre.centre));
+        },
+        [&](std::int64_t i) BRN_INLINED {
+          if constexpr (kAlong) fetch(x + i + next);
+        },
+        [&]() BRN_INLINED { close(); });
+  }
+
+  BRN_LANES SharedMoments<Real, Real> across(Real n) const {
+    const Real total = sum_across(count * mean) / n;
+    const Lanes<T> apart = mean - Lanes<T>::of(total);
+    return {n, total, sum_across(m2 + count * apart * apart)};
+  }
+};
+
+template <typename T>
+BRN_LANES LaneSums<T> brief_deviations(const Part& part, std::int64_t w, const T* x,
+                                       Lanes<T> pivot) {
+  return brief_sums<T>(
+      part, w,
+      [&](std::int64_t at, auto mask) BRN_INLINED {
+        const Lanes<T> d = mask(load(x + at) - pivot);
+        return LaneSums<T>::of(d, d);
+      },
+      [&](std::int64_t plane) BRN_INLINED { fetch_plane(part, x + plane); });
+}
+
+template <bool kAlong, typename T>
+BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, std::int64_t w,
+                                                              bool brief, const T* x,
+                                                              RealOf<T> pivot) {
+  using Real = RealOf<T>;
+  const Lanes<T> pivots = Lanes<T>::of(pivot);
+  const Real count = static_cast<Real>(part.end - part.begin);
+  if (brief) {
+    const LaneSums<T> sums = brief_deviations(part, w, x, pivots);
+    const Real sum = sum_across(sums.values);
+    const Real squares = sum_across(sums.products);
+    const Real mean = sum / count;
+    const Real m2 = squares - sum * mean;
+    if (8 * m2 >= squares) return {count, mean, m2};  // else too much of it was cancelled
+  }
+  ChannelMoments<T> moments(pivots, first_vector(part, w, x));
+  const auto add = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
+    fetch_plane(part, x + at + part.plane);
+    moments.template add_run<kAlong>(x + at, length, next);
+  };
+  for_each_run(part, w, part.begin, part.end, add);
+  if (moments.chains.vectors > 0) moments.close();
+  return moments.across(count);
+}
+
+}  // namespace
+}  // namespace brn::cpu

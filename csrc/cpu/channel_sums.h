@@ -1,0 +1,117 @@
+// Sums of dy and of dy * (x - centre) of a channel of kChannelsFirst.
+#pragma once
+
+#include "accumulate.h"
+#include "chains.h"
+#include "isa.h"
+#include "lanes.h"
+#include "runs.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace brn::cpu {
+namespace {
+
+template <typename T>
+struct ChannelSums {
+  const Lanes<T> centre;
+  ExactSum<Lanes<T>> g{};
+  ExactSum<Lanes<T>> gx{};
+  Chains<T> chains{};
+
+  BRN_LANES void close() {
+    const LaneSums<T> sums = chains.take();
+    g.add(sums.values);
+    gx.add(sums.products);
+  }
+  template <bool kAlong>
+  BRN_LANES void add_run(const T* dy, const T* x, std::int64_t length, std::int64_t next) {
+    constexpr int kStep = kLanes<T>;
+    chains.add_run(
+        length,
+        [&](std::int64_t i)
+            BRN_INLINED { return LaneSums<T>::of(load(dy + i), load(x + i) - centre); },
+        [&](std::int64_t i) BRN_INLINED {
+          if (length >= kStep) {
+            const Mask<T> mask = last_elements<T>(length - i);
+            return LaneSums<T>::of(mask(load(dy + length - kStep)),
+                                   mask(load(x + length - kStep) - centre));
+          }
+          const Mask<T> mask = first_elements<T>(length);
+          return LaneSums<T>::of(load_first(dy, length), mask(load_first(x, length) - centre));
+        },
+        [&](std::int64_t i) BRN_INLINED {
+          if constexpr (kAlong) {
+            fetch(dy + i + next);
+            fetch(x + i + next);
+          }
+        },
+        [&]() BRN_INLINED { close(); });
+  }
+};
+
+// The sum of all lanes.
+template <typename T>
+BRN_LANES double sum_in_double(Lanes<T> lanes) {
+  using Real = RealOf<T>;
+  constexpr int kPieces =
+      sizeof(double) / sizeof(Real);  // each as many Reals as a vector of doubles
+  using Piece = typename VectorOf<Real, BRN_VECTOR_BYTES / kPieces>::Type;
+  Vector<double> total{};
+  for (const Vector<Real>& v : lanes.v) {
+    Piece pieces[kPieces];
+    std::memcpy(pieces, &v, sizeof(pieces));
+    for (const Piece& piece : pieces) total += __builtin_convertvector(piece, Vector<double>);
+  }
+  return sum_across<double, BRN_VECTOR_BYTES>(total);
+}
+// The error of an infinite sum is NaN, and is none.
+template <typename T>
+BRN_LANES double sum_in_double(const ExactSum<Lanes<T>>& exact) {
+  Lanes<T> error = exact.error;
+  for (auto& v : error.v) v = v == v ? v : Vector<RealOf<T>>{};
+  return sum_in_double(exact.sum) + sum_in_double(error);
+}
+
+template <typename T>
+BRN_LANES LaneSums<T> brief_products(const Part& part, std::int64_t w, const T* dy, const T* x,
+                                     Lanes<T> centre) {
+  return brief_sums<T>(
+      part, w,
+      [&](std::int64_t at, auto mask)
+          BRN_INLINED { return LaneSums<T>::of(mask(load(dy + at)), mask(load(x + at) - centre)); },
+      [&](std::int64_t plane) BRN_INLINED {
+        fetch_plane(part, dy + plane);
+        fetch_plane(part, x + plane);
+      });
+}
+
+template <bool kAlong, typename T>
+BRN_LANES void channel_sums(const Part& part, std::int64_t w, bool brief, const T* dy, const T* x,
+                            const RealOf<T>* centres, const SumRows<RealOf<T>>& rows) {
+  using Real = RealOf<T>;
+  const auto keep = [&](double g, double gx) BRN_INLINED {
+    rows.g[w] = static_cast<Real>(g);
+    rows.g_error[w] = static_cast<Real>(g - static_cast<double>(rows.g[w]));
+    rows.gx[w] = static_cast<Real>(gx);
+    rows.gx_error[w] = static_cast<Real>(gx - static_cast<double>(rows.gx[w]));
+  };
+  const Lanes<T> centre = Lanes<T>::of(centres[w]);
+  if (brief) {
+    const LaneSums<T> sums = brief_products(part, w, dy, x, centre);
+    return keep(sum_in_double(sums.values), sum_in_double(sums.products));
+  }
+  ChannelSums<T> sums{centre};
+  const auto add = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
+    fetch_plane(part, dy + at + part.plane);
+    fetch_plane(part, x + at + part.plane);
+    sums.template add_run<kAlong>(dy + at, x + at, length, next);
+  };
+  for_each_run(part, w, part.begin, part.end, add);
+  if (sums.chains.vectors > 0) sums.close();
+  keep(sum_in_double(sums.g), sum_in_double(sums.gx));
+}
+
+}  // namespace
+}  // namespace brn::cpu
