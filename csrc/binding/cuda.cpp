@@ -38,7 +38,8 @@ void check_launch(cudaError_t error, const char* pass) {
 }
 
 Device planned_for(const DeviceState& state) {
-  return {state.sm_count, static_cast<double>(state.l2_bytes)};
+  return {state.sm_count, static_cast<double>(state.l2_bytes), state.shared_bytes,
+          state.capability};
 }
 
 // Launches what `run(plan, workspace)` launches, on fewer SMs if the device does not hold all the
