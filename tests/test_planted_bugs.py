@@ -285,7 +285,7 @@ BUGS = [
         "the first slab too is taken from shared memory",
         "kernels/forward.cu",
         "plan.prefetch && slab != walk.team()",
-        "plan.prefetch",
+        "plan.prefetch != 0",
     ),
     Bug(
         "more shared memory than the kernel is allowed",

@@ -123,6 +123,15 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) pivot[k] = load_element(x + (in_range ? mine + k : 0));
 
+    // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
+    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
+    const auto read_state = [&] {
+      const int own = kLayout == Layout::kChannelsFirst ? 0 : thread;
+      if (finishes)
+        states[thread] = channel_state(params, channel0 + thread, load_element(x + own));
+    };
+    if (fetched) read_state();
+
     typename Slot::Bits tile[kSlots];
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
@@ -130,15 +139,12 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       Cursor cursor = walk.begin(p, piece);
       if (round + 1 < plan.rounds) {
         load_tile<Slot, Reuse::kAgain>(tile, x, left, cursor, walk);
-      } else if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
+      } else if (fetched) {
         Next::take(left, walk, tile);
       } else {
         load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
       }
-      if (round == 0 && finishes) {
-        const int own = kLayout == Layout::kChannelsFirst ? 0 : thread;
-        states[thread] = channel_state(params, channel0 + thread, load_element(x + own));
-      }
+      if (round == 0 && !fetched) read_state();
       moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
     }
 

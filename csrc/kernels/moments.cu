@@ -41,18 +41,25 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) pivot[k] = load_element(x + (in_range ? mine + k : 0));
 
+    // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
+    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
+    const auto read_pivot = [&] {
+      if (thread < channels && channel0 + thread < p.channels)
+        pivots[thread] = load_element(x + (kLayout == Layout::kChannelsFirst ? 0 : thread));
+    };
+    if (fetched) read_pivot();
+
     typename Slot::Bits tile[kSlots];
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
       const int left = in_range ? walk.left(piece) : 0;
       Cursor cursor = walk.begin(p, piece);
-      if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
+      if (fetched) {
         Next::take(left, walk, tile);
       } else {
         load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
       }
-      if (round == 0 && thread < channels && channel0 + thread < p.channels)
-        pivots[thread] = load_element(x + (kLayout == Layout::kChannelsFirst ? 0 : thread));
+      if (round == 0 && !fetched) read_pivot();
       moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
     }
 
