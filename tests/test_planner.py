@@ -356,6 +356,7 @@ def test_a_small_2d_layer_is_one_wave_without_barriers():
         ("layout", "nchw"),
         ("dtype", "int8"),
         ("sm_count", 0),
+        ("shared_bytes", -1),
         ("alignment", 3),
         ("alignment", 1),
         ("alignment", 32),
