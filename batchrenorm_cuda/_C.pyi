@@ -25,6 +25,7 @@ class Plan:
     team: int
     teams: int
     rounds: int
+    prefetch: int
     share: int
     slabs: int
 
@@ -37,6 +38,7 @@ class Plan:
     positions: int
     control_words: int
     partials_bytes: int
+    shared_bytes: int  # of a block, at most
     proposals_bytes: int
 
     sm_count: int
@@ -58,6 +60,8 @@ def plan(
     sm_count: int = 132,
     alignment: int = 16,
     l2_bytes: float = 60e6,
+    shared_bytes: int = 233472,  # of an SM
+    capability: int = 90,  # 10 * major + minor
 ) -> Plan: ...
 
 # Of the calling thread, as the operators see it: csrc/binding/regions.h.
@@ -68,5 +72,6 @@ def trust_saved_tensor_hooks(legible: bool) -> None: ...
 MAX_THREADS: int
 MIN_THREADS: int
 MAX_SLAB_CHANNELS: int
+PREFETCH_BYTES: int
 LINE_WORDS: int
 STAT_ROWS: int

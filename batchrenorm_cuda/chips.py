@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+_SHARED_KB = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+
 
 class Chip(NamedTuple):
     """What a plan and the expectation of it depend on."""
@@ -11,6 +13,12 @@ class Chip(NamedTuple):
     sm_count: int
     bandwidth: float  # of the memory, GB/s
     l2: float  # bytes
+    capability: int  # 10 * major + minor
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of an SM, as the CUDA programming guide lists them."""
+        return _SHARED_KB[self.capability] << 10
 
     @property
     def copy(self) -> float:
@@ -25,17 +33,17 @@ class Chip(NamedTuple):
 # GA102, Ada, Hopper, Blackwell) give it: SMs = CUDA cores / 128, or / 64 on T4, A100. The L2 of
 # H100, H200 and B200 is what the driver reports.
 CHIPS = {
-    "t4": Chip(40, 320, 4e6),
-    "a100": Chip(108, 2039, 40e6),
-    "a10": Chip(72, 600, 6e6),
-    "rtx3090": Chip(82, 936, 6e6),
-    "l4": Chip(58, 300, 48e6),
-    "l40s": Chip(142, 864, 96e6),
-    "rtx4090": Chip(128, 1008, 72e6),
-    "h100": Chip(132, 3350, 50e6),
-    "h200": Chip(132, 4800, 60e6),
-    "b200": Chip(148, 8000, 126e6),
-    "rtx5090": Chip(170, 1792, 96e6),
+    "t4": Chip(40, 320, 4e6, 75),
+    "a100": Chip(108, 2039, 40e6, 80),
+    "a10": Chip(72, 600, 6e6, 86),
+    "rtx3090": Chip(82, 936, 6e6, 86),
+    "l4": Chip(58, 300, 48e6, 89),
+    "l40s": Chip(142, 864, 96e6, 89),
+    "rtx4090": Chip(128, 1008, 72e6, 89),
+    "h100": Chip(132, 3350, 50e6, 90),
+    "h200": Chip(132, 4800, 60e6, 90),
+    "b200": Chip(148, 8000, 126e6, 100),
+    "rtx5090": Chip(170, 1792, 96e6, 120),
 }
 
 
@@ -50,7 +58,7 @@ def find(device_like: str) -> Chip:
     if device_like.isdecimal() and 0 < int(device_like) < 65536:
         h200 = CHIPS["h200"]
         part = int(device_like) / h200.sm_count
-        return Chip(int(device_like), h200.bandwidth * part, h200.l2 * part)
+        return Chip(int(device_like), h200.bandwidth * part, h200.l2 * part, h200.capability)
     raise ValueError(
         f"device_like must be a number of SMs below 65536 or one of {', '.join(CHIPS)}, got "
         f"{device_like!r}"

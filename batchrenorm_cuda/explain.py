@@ -40,6 +40,7 @@ class Expectation(NamedTuple):
     slot_bytes: int  # of one memory access
     slots: int  # of a tensor, that a thread keeps in registers
     rounds: int  # fillings of the registers for one slab
+    prefetch: int  # slabs on their way to shared memory while a team meets: 0 or 1
     kept: float  # share of a slab that is still in registers when it is normalised
     times_read: float  # each input
     floor_bytes: int  # every tensor of the problem once
@@ -90,6 +91,8 @@ def expect(
         dtype=dtype,
         sm_count=chip.sm_count,
         l2_bytes=chip.l2,
+        shared_bytes=chip.shared,
+        capability=chip.capability,
     )
     tensor_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     read = tensor_bytes * (2 if op == "backward" else 1)
@@ -110,6 +113,7 @@ def expect(
         slot_bytes=plan.slot_bytes,
         slots=plan.slots,
         rounds=plan.rounds,
+        prefetch=plan.prefetch,
         kept=1.0 - left,
         times_read=1.0 + left,
         floor_bytes=plan.bytes_moved,
@@ -202,6 +206,7 @@ _LEGEND = """\
 teams     teams x blocks of a team, which shares a slab of channels and meets at a barrier
 waves     slabs that a team works through, one after the other
 slots     of a tensor that a thread keeps in registers x bytes of one memory access
+ahead     slabs on their way to shared memory while a team meets
 kept      share of a slab still in registers when it is normalised; the rest is read again
 read      times that each input is read, from memory or L2
 moved     bytes over the memory bus; of floor: against each tensor of the problem once
@@ -219,15 +224,16 @@ def text(rows: Sequence[Expectation], device_like: str) -> str:
         f" {chip.l2 / 1e6:.0f} MB of L2; expectations, NOT measurements",
         "",
         f"{'shape':{width}} {'dtype':8} layout {'op':9} {'teams':>10} {'threads':>7} {'waves':>5}"
-        f" {'slots':>9} {'kept':>5} {'read':>5} {'moved':>10} {'of floor':>8} {'space':>9}"
-        f" launches {'copy us':>8} {'model us':>8}",
+        f" {'slots':>9} {'ahead':>5} {'kept':>5} {'read':>5} {'moved':>10}"
+        f" {'of floor':>8} {'space':>9} launches {'copy us':>8} {'model us':>8}",
     ]
     for row in rows:
         lines.append(
             f"{row.shape:{width}} {row.dtype:8} {row.layout:6} {row.op:9}"
             f" {f'{row.teams} x {row.team}':>10} {row.threads:>7} {row.waves:>5}"
-            f" {f'{row.slots} x {row.slot_bytes} B':>9} {row.kept:>5.0%} {row.times_read:>5.2f}"
-            f" {_bytes(row.moved_bytes):>10} {row.moved_bytes / row.floor_bytes:>8.2f}"
+            f" {f'{row.slots} x {row.slot_bytes} B':>9} {row.prefetch or '-':>5} {row.kept:>5.0%}"
+            f" {row.times_read:>5.2f} {_bytes(row.moved_bytes):>10}"
+            f" {row.moved_bytes / row.floor_bytes:>8.2f}"
             f" {_bytes(row.workspace_bytes):>9} {row.launches:>8} {row.copy_us:>8.1f}"
             f" {row.model_us:>8.1f}"
         )

@@ -123,7 +123,10 @@ if has ncu "DRAM bytes"; then
   step "DRAM bytes, read" 20 "$OUT/chip.log" "$PYTHON" -m bench.dram read "$WORK/ncu.csv" \
     --into "$OUT/results.json"
 fi
-[ -x "$WORK/sweep" ] && step "sweep of plans" 60 "$OUT/chip.log" "$WORK/sweep" 45
+if [ -x "$WORK/sweep" ]; then
+  step "sweep of plans" 75 "$OUT/chip.log" "$WORK/sweep" 55
+  grep '^prefetch: [0-9]' "$OUT/chip.log" | tee -a "$OUT/summary.txt"
+fi
 
 if [ -f "$OUT/results.json" ]; then
   "$PYTHON" -m bench.acceptance "$OUT/results.json" | tee -a "$OUT/summary.txt"

@@ -4,8 +4,10 @@
 //   nvcc -O3 -std=c++17 -arch=native bench/sweep.cu csrc/kernels/{forward,backward}.cu -o sweep
 //   ./sweep [seconds]
 //
-// A line a plan, best first: us, fraction of the copy roof, the planner's own estimate; the plan
-// that the planner chooses is marked.
+// First what prefetching gains: a line for each problem whose plan can, with it and without it.
+// Then all plans, problem by problem, until the seconds are over: a line a plan, best first: us,
+// fraction of the copy roof, the planner's own estimate; the plan that the planner chooses is
+// marked.
 #include "../csrc/core/plan.h"
 #include "../csrc/kernels/launch.h"
 
@@ -13,6 +15,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
@@ -182,12 +185,12 @@ std::vector<Plan> candidates(const Problem& p, const Device& device, Pass pass) 
   std::vector<Plan> plans{pass == Pass::kForward ? brn::plan_forward(p, device)
                                                  : brn::plan_backward(p, device)};
   const auto add = [&](Plan plan) {
-    plan = brn::cut(p, device, plan);
-    for (const Plan& known : plans) {
-      if (known == plan) return;
+    for (plan.prefetch = 0; plan.prefetch <= 1; ++plan.prefetch) {
+      const Plan whole = brn::cut(p, device, plan);
+      if (std::find(plans.begin(), plans.end(), whole) == plans.end()) plans.push_back(whole);
     }
-    plans.push_back(plan);
   };
+  add(plans.front());
   const int most_columns = rows ? std::min(brn::kWarp, brn::kMaxSlabChannels / lanes) : 1;
   for (int columns = 1; columns <= most_columns; columns *= 2) {
     if (columns > 1 && std::int64_t{columns / 2} * lanes >= p.channels) break;
@@ -248,6 +251,58 @@ void sweep(const Problem& p, Pass pass, const Device& device, const Memory& m, d
   }
 }
 
+// The planner's plan and its twin, which differs in nothing but the prefetch; and the plan for a
+// chip that has none, which may differ in more.
+void compare_prefetch(const Device& device, const Memory& m, cudaStream_t stream) {
+  Device plain = device;
+  plain.capability = 0;
+  double log_gain[2] = {};  // of plans that the planner does not, and does, let prefetch
+  int plans[2] = {};
+  std::printf("\nprefetch: us of the planner's plan with and without it, and planned without it\n");
+  constexpr int kMaps[][2] = {{64, 112}, {64, 56},   {256, 56}, {128, 28}, {512, 28},
+                              {256, 14}, {1024, 14}, {512, 7},  {2048, 7}};
+  for (const int batch : {32, 256}) {
+    for (const auto& [channels, side] : kMaps) {
+      for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+        for (const Layout layout : {Layout::kChannelsFirst, Layout::kChannelsLast}) {
+          for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+            const Problem p{batch, channels, std::int64_t{side} * side, layout, dtype, 16};
+            const auto planned = [&](const Device& d) {
+              return pass == Pass::kForward ? brn::plan_forward(p, d) : brn::plan_backward(p, d);
+            };
+            Plan with = planned(device), without = with;
+            const bool chosen = with.prefetch != 0;
+            with.prefetch = brn::can_prefetch(p, device, with);
+            without.prefetch = 0;
+            if (with == without) continue;
+            const double on = time_plan(p, with, pass, m, stream);
+            const double off = time_plan(p, without, pass, m, stream);
+            const double other = time_plan(p, planned(plain), pass, m, stream);
+            if (on <= 0 || off <= 0) continue;
+            log_gain[chosen] += std::log(off / on);
+            ++plans[chosen];
+            std::printf(
+                "%s %s %dx%dx%d %d-byte: with %.1f (model %.1f)%s, without %.1f (%.1f), "
+                "planned without %.1f (%.1f)\n",
+                pass == Pass::kForward ? "forward " : "backward",
+                layout == Layout::kChannelsFirst ? "nchw" : "nhwc", batch, channels, side,
+                brn::size_of(dtype), on, brn::estimate(p, with, device, pass), chosen ? " *" : "",
+                off, brn::estimate(p, without, device, pass), other,
+                brn::estimate(p, planned(plain), plain, pass));
+          }
+        }
+      }
+    }
+  }
+  for (const bool chosen : {true, false}) {
+    if (plans[chosen] == 0) continue;
+    std::printf("prefetch: %.3f times as fast, geometric mean of %d plans that the planner %s\n",
+                std::exp(log_gain[chosen] / plans[chosen]), plans[chosen],
+                chosen ? "lets prefetch" : "does not let prefetch");
+  }
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -255,13 +310,16 @@ int main(int argc, char** argv) {
   const auto began = std::chrono::steady_clock::now();
   cudaDeviceProp chip{};
   check(cudaGetDeviceProperties(&chip, 0), "cudaGetDeviceProperties");
-  const Device device{chip.multiProcessorCount, static_cast<double>(chip.l2CacheSize)};
+  const Device device{chip.multiProcessorCount, static_cast<double>(chip.l2CacheSize),
+                      static_cast<int>(chip.sharedMemPerMultiprocessor),
+                      10 * chip.major + chip.minor};
   const Memory memory = allocate();
   cudaStream_t stream = nullptr;
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
   const double roof = copy_roof(memory, stream);
   std::printf("%s, %d SMs, copy %.0f GB/s; * is the planner's choice\n", chip.name, device.sm_count,
               roof / 1e3);
+  compare_prefetch(device, memory, stream);
 
   struct Shape {
     std::int64_t batch, channels, side;

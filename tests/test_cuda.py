@@ -13,8 +13,12 @@ pytestmark = pytest.mark.gpu
 
 ops = torch.ops.batchrenorm
 
-# Lone blocks, and teams that meet at a barrier; test_the_shapes_are_what_they_are_for says so.
-LONE, TEAM = (16, 64, 8, 8), (64, 8, 56, 56)
+# Lone blocks, teams that meet at a barrier, and teams whose next slab is on its way meanwhile;
+# test_the_shapes_are_what_they_are_for says so.
+LONE, TEAM, AHEAD = (16, 64, 8, 8), (64, 8, 56, 56), (64, 256, 14, 14)
+each_kind = pytest.mark.parametrize(
+    "shape", [LONE, TEAM, AHEAD], ids=["lone blocks", "teams", "prefetch"]
+)
 
 
 class Layer:
@@ -60,9 +64,11 @@ def test_the_shapes_are_what_they_are_for():
         for pass_ in ("forward", "backward"):
             plan = _C.plan(pass_, shape[0], shape[1], shape[2] * shape[3], sm_count=sms)
             assert (plan.team > 1) == has_teams
+    if sms == 132:  # as many as the shape is made for
+        assert all(_C.plan(p, 64, 256, 14 * 14).prefetch for p in ("forward", "backward"))
 
 
-@pytest.mark.parametrize("shape", [LONE, TEAM], ids=["lone blocks", "teams"])
+@each_kind
 def test_one_kernel_each_way_and_nothing_else(shape):
     layer = Layer(shape)
     layer.step()
@@ -77,7 +83,7 @@ def test_one_kernel_each_way_and_nothing_else(shape):
     assert "forward" in names[0] and "backward" in names[1]
 
 
-@pytest.mark.parametrize("shape", [LONE, TEAM], ids=["lone blocks", "teams"])
+@each_kind
 def test_the_same_bits_on_every_run(shape):
     expected = after(3, shape)
     for _ in range(10):
@@ -99,7 +105,7 @@ def test_streams_do_not_disturb_each_other():
         assert_same_bits([*result, *layer.state()], wanted)
 
 
-@pytest.mark.parametrize("shape", [LONE, TEAM], ids=["lone blocks", "teams"])
+@each_kind
 def test_a_graph_steps_on_and_does_not_disturb_eager_work(shape):
     """The schedule and the counter live on the device: every replay is the next step."""
     expected, eagerly_expected = after(20, shape, 0), after(20, shape, 1)
@@ -137,11 +143,13 @@ def test_two_graphs_do_not_disturb_each_other():
         assert_same_bits([*result, *layer.state()], wanted)
 
 
-def test_the_first_call_of_a_process_may_be_captured():
-    """Memory for the barriers is then allocated while the capture is under way."""
-    program = """
+@pytest.mark.parametrize("shape", [TEAM, AHEAD], ids=["teams", "prefetch"])
+def test_the_first_call_of_a_process_may_be_captured(shape):
+    """Memory for the barriers is then allocated, and the kernel allowed more shared memory, while
+    the capture is under way."""
+    program = f"""
 import torch, batchrenorm_cuda
-x = torch.randn(64, 8, 56, 56, device="cuda")
+x = torch.randn({shape}, device="cuda")
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
     y, stats = torch.ops.batchrenorm.forward(x, *[None] * 6, 0.1, 1e-5, 1.0, 0.0, False)
@@ -206,7 +214,7 @@ def test_several_ranks_compute_what_they_do_on_the_cpu(shape, dtype):
         torch.testing.assert_close(got.cpu(), want, **loose)
 
 
-@pytest.mark.parametrize("shape", [LONE, TEAM], ids=["lone blocks", "teams"])
+@each_kind
 def test_a_step_of_several_ranks_can_be_captured(shape):
     """Nothing in it waits for the host, and state moves on with every replay."""
     eager, captured = Ranks(shape), Ranks(shape)

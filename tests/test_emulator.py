@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -77,6 +78,12 @@ class Case:
     def problem(self, dtype: str) -> Problem:
         alignment = max(self.alignment, ITEM_SIZE[dtype])
         return Problem(self.n, self.c, self.s, self.layout, dtype, alignment)
+
+
+def ahead(why: str, team: int = 2, threads: int = 64, columns: int = 1, **geometry) -> Case:
+    """A plan that prefetches, unless its slots have 2 bytes."""
+    choice = {"threads": threads, "team": team, "columns": columns, "prefetch": 1}
+    return Case(f"prefetch: {why}", choice=choice, **geometry)
 
 
 CASES = [
@@ -223,6 +230,21 @@ CASES = [
         std=1.0,
         choice={"team": 3},
     ),
+    ahead("one slab more than teams", n=6, c=4, s=64, sms=2, team=2),
+    ahead("many slabs", n=6, c=23, s=64, sms=2, team=2),
+    ahead("ragged shares, last wave not full", n=5, c=7, s=116, sms=2, team=3),
+    ahead("last block of the team nearly empty", n=9, c=5, s=64, sms=5, team=5),
+    ahead("8-byte slots", n=5, c=5, s=68, sms=2, team=2, alignment=8),
+    ahead("4-byte slots", n=5, c=5, s=66, sms=2, team=2, alignment=4),
+    ahead("no slot to copy, or 4 bytes", n=4, c=5, s=63, sms=2, team=2),
+    ahead("whole blocks", n=4, c=7, s=1000, sms=2, team=2, threads=256),
+    ahead("planes shorter than a step", n=100, c=5, s=8, sms=2, team=2),
+    ahead("rows: many slabs", n=5, c=136, s=25, sms=2, layout=LAST, team=3, columns=2),
+    ahead("rows: last stripe partly beyond C", n=4, c=72, s=30, sms=2, layout=LAST, columns=4),
+    ahead("rows: channels of no vector", n=3, c=65, s=30, sms=2, layout=LAST, columns=8),
+    ahead("rows: 8-byte slots", n=4, c=24, s=30, sms=2, layout=LAST, columns=2, alignment=8),
+    ahead("rows: 4-byte slots", n=4, c=24, s=30, sms=2, layout=LAST, columns=2, alignment=4),
+    ahead("rows: whole blocks", n=5, c=200, s=49, sms=2, layout=LAST, columns=8, threads=256),
 ]
 
 
@@ -470,6 +492,48 @@ def test_inference(emulator: Emulator, case: Case, dtype: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [case for case in CASES if "prefetch" in case.choice], ids=str)
+def test_a_prefetch_changes_no_bit(emulator: Emulator, case: Case, dtype: str):
+    emulator.sm_count = case.sms
+    problem, data = case.problem(dtype), draw(case, dtype)
+    moving = {k: data[k] for k in ("running_mean", "running_std")}
+    affine = {k: data[k] for k in ("weight", "bias")}
+    step = {"num_batches_tracked": 7, "schedule": np.array([5, 3.0, 15, 5.0, 10])}
+    stats = np.random.default_rng(1).uniform(0.5, 1.5, (5, case.c)).astype(problem.real)
+    launches = {
+        Pass.FORWARD: (
+            lambda **plan: emulator.forward(problem, data["x"], **affine, **moving, **step, **plan),
+            lambda **plan: emulator.forward(
+                problem, data["x"], **affine, **moving, **step, skip_nonfinite=True, **plan
+            ),
+        ),
+        Pass.BACKWARD: (
+            lambda **plan: emulator.backward(problem, data["dy"], data["x"], stats=stats, **plan),
+            lambda **plan: emulator.backward(problem, data["dy"], data["x"], **moving, **plan),
+        ),
+    }
+    for which, calls in launches.items():
+        on = plan_for(emulator, which, problem, case.choice)
+        assert on.prefetch == (on.slot_bytes >= 4), "what this case is here for"
+        off = replace(on, prefetch=0)
+        for call in calls:
+            emulator.schedule = SCHEDULES[0]
+            want = bits(call(plan=off))
+            assert bits(over_schedules(emulator, partial(call, plan=on))) == want
+
+
+def test_only_what_can_be_copied_is_prefetched(emulator: Emulator):
+    emulator.sm_count = 2
+    problem = Problem(6, 7, 64)
+    choice = {"slot_bytes": 16, "columns": 1, "slots": 8, "threads": 64, "prefetch": 1}
+    assert emulator.cut(problem, team=2, **choice).prefetch == 1
+    assert emulator.cut(problem, team=1, **choice).prefetch == 0, "nobody to wait for"
+    assert emulator.cut(replace(problem, channels=2), team=2, **choice).prefetch == 0, "one wave"
+    rounds = emulator.cut(replace(problem, spatial=4096), team=2, **choice)
+    assert rounds.rounds > 1 and rounds.prefetch == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", Layout)
 def test_renormalize_repeats_the_forward_bit_for_bit(
     emulator: Emulator, layout: Layout, dtype: str
@@ -495,6 +559,8 @@ STATE_CASES = [
     Case(
         "rows", n=9, c=40, s=49, layout=LAST, sms=2, choice={"columns": 4, "threads": 64, "team": 2}
     ),
+    ahead("a team", n=8, c=5, s=64, sms=2),
+    ahead("rows", n=4, c=40, s=30, sms=2, layout=LAST, columns=4),
 ]
 state = pytest.mark.parametrize("case", STATE_CASES, ids=str)
 
@@ -902,6 +968,10 @@ def test_emulator_runs_what_is_right(rules, schedule):
         ("shuffles_half_a_warp", "__shfl_down_sync of a part of the warp, rules.cu:"),
         ("shuffles_without_some_lanes", "a shuffle without part of its warp"),
         ("loads_misaligned", "misaligned access, rules.cu:"),
+        ("ends_before_its_copy", "a thread ends before its asynchronous copies"),
+        ("overwrites_what_it_copies", "overwritten before it landed, rules.cu:"),
+        ("copies_twice_to_one_place", "two asynchronous copies to one place, rules.cu:"),
+        ("copies_beyond_its_memory", "beyond the block's dynamic shared memory, rules.cu:"),
         ("waits_for_ever", "deadlock, no block can go on"),
     ],
 )
@@ -912,9 +982,16 @@ def test_emulator_notices(rules, schedule, kernel, says):
 
 
 @each_schedule
-def test_emulator_poisons_shared_memory(rules, schedule):
-    code, _, out = run_rule(rules, "reads_shared_memory_that_nobody_wrote", schedule, blocks=20)
+@pytest.mark.parametrize("kernel", ["reads_shared_memory_that_nobody_wrote", "reads_an_early_copy"])
+def test_emulator_poisons_shared_memory(rules, schedule, kernel):
+    code, _, out = run_rule(rules, kernel, schedule, blocks=20)
     assert code == 0 and (out[:20] == 0xFFFFFFFF).all()
+
+
+@each_schedule
+def test_emulator_copies(rules, schedule):
+    code, message, out = run_rule(rules, "copies", schedule, blocks=9)
+    assert (code, message) == (0, "") and (out[:9] == 64).all() and not out[9:].any()
 
 
 @each_schedule

@@ -101,7 +101,8 @@ def test_what_is_kept_is_what_the_kernel_does_not_load_again():
         row = explain.expect(shape, "float32", layout, op, "t4")
         pixels = row.tensor_bytes // 4 // shape[0] // shape[1]
         words = {"nchw": "channels_first", "nhwc": "channels_last"}[row.layout]
-        plan = _C.plan(op, *shape[:2], pixels, layout=words, sm_count=40, l2_bytes=4e6)
+        t4 = {"sm_count": 40, "l2_bytes": 4e6, "capability": 75}
+        plan = _C.plan(op, *shape[:2], pixels, layout=words, **t4)
         kept = 0
         for block in range(plan.team):
             own = min(plan.share, plan.positions - block * plan.share)
@@ -119,7 +120,7 @@ def test_what_is_kept_is_what_the_kernel_does_not_load_again():
     [
         ((8, 19, 512, 1024), "float32", "nchw", "backward", 6),
         ((256, 2048, 7, 7), "bfloat16", "nchw", "forward", 4),
-        ((32, 2048, 7, 7), "float32", "nhwc", "backward", 7),
+        ((32, 2048, 7, 7), "bfloat16", "nhwc", "forward", 4),
     ],
 )
 def test_a_full_round_is_kept_and_not_what_is_left_over(shape, dtype, layout, op, rounds):
@@ -154,11 +155,21 @@ def test_one_long_channel_is_planned_as_one_row():
         assert (row.slabs, row.slot_bytes, row.layout) == (1, 16, layout)
 
 
+def test_what_is_prefetched_is_kept_and_shown():
+    shape = (32, 512, 28, 28)
+    on = explain.expect(shape, "bfloat16", "nchw", "backward")
+    off = explain.expect(shape, "bfloat16", "nchw", "backward", "t4")
+    assert (on.prefetch, on.rounds, off.prefetch) == (1, 1, 0)
+    printed = [rows_printed(explain.text([row], "h200"))[0] for row in (on, off)]
+    assert [words[13] for words in printed] == ["1", "-"]
+
+
 @pytest.mark.parametrize("device_like", chips.CHIPS)
 def test_chips_are_what_their_makers_say(device_like):
     chip = chips.find(device_like)
     assert 40 <= chip.sm_count <= 170 and 4e6 <= chip.l2 <= 128e6
     assert 0 < chip.copy < chip.bandwidth <= 8000
+    assert 75 <= chip.capability <= 120 and 64 << 10 <= chip.shared <= 228 << 10
 
 
 def test_the_copy_of_an_h200_is_the_one_that_was_measured():

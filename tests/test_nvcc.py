@@ -19,8 +19,13 @@ from pathlib import Path
 import pytest
 from simt import build
 
+from batchrenorm_cuda import _C
+
 KERNELS = ("forward", "backward", "inference", "moments", "backward_sums", "backward_project")
 KERNELS += ("merge",)
+# Whose plans they follow.
+PREFETCHING = {"forward": "forward", "moments": "forward"}
+PREFETCHING |= {"backward": "backward", "backward_sums": "backward"}
 FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", "--Werror", "all-warnings")
 CACHE = build.REPOSITORY / "build" / "nvcc"
 
@@ -66,7 +71,7 @@ class Resources:
     @property
     def blocks_per_sm(self) -> int:
         """csrc/core/plan.h: blocks_per_sm. merge is one block in all."""
-        if self.kernel == "merge" or self.dtype == "double":
+        if self.kernel == "merge" or self.dtype == "float64":
             return 1
         return 3 if self.layout == "channels_first" else 2
 
@@ -76,6 +81,7 @@ _NAME = re.compile(
     r"(?P<kernel>[a-z_]+)_kernelI(?P<dtype>d|f|6__half|13__nv_bfloat16)"
     r"(LN\w*?6LayoutE(?P<layout>[01])ELi(?P<slot>\d+))?E"
 )
+DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
@@ -91,9 +97,7 @@ def parse(log: str) -> list[Resources]:
         found.append(
             Resources(
                 kernel=name["kernel"],
-                dtype={"d": "double", "f": "float"}.get(
-                    name["dtype"], name["dtype"].lstrip("0123456789_")
-                ),
+                dtype=DTYPES[name["dtype"]],
                 layout=("channels_first", "channels_last")[int(name["layout"] or 0)],
                 slot_bytes=int(name["slot"] or 0),
                 registers=int(_REGISTERS.search(section)[1]),
@@ -170,3 +174,12 @@ def test_kernel_fits_its_registers(logs, architecture: str, kernel: str):
             f"too much shared memory: {r}"
         )
         assert r.shared <= 48 << 10
+        if kernel not in PREFETCHING:
+            continue
+        # With what a prefetch needs there are as many blocks, and the planner knows it.
+        keywords = {"layout": r.layout, "dtype": r.dtype, "alignment": r.slot_bytes}
+        plan = _C.plan(PREFETCHING[kernel], 2, 256, 256, **keywords)
+        assert plan.slot_bytes == r.slot_bytes
+        assert r.shared + 16 <= plan.shared_bytes - plan.prefetch * _C.PREFETCH_BYTES
+        block = -(-(r.shared + 16 + _C.PREFETCH_BYTES + 1024) // 128) * 128
+        assert architecture == "7.5" or r.blocks_per_sm * block <= SHARED_MEMORY[architecture]

@@ -166,6 +166,46 @@ def test_workspace(which, p, sm_count):
         assert got.partials_bytes == 2 * got.blocks * got.slab_channels * 2 * statistic
 
 
+# Compute capability and shared memory of an SM in bytes.
+CHIPS = [(75, 64 << 10), (80, 164 << 10), (86, 100 << 10), (90, 228 << 10), (120, 100 << 10)]
+
+
+@each_pass
+@SETTINGS
+@given(p=problems(2**30), sm_count=sm_counts, chip=st.sampled_from([*CHIPS, (90, 64 << 10)]))
+def test_a_prefetch_has_a_next_slab_and_room(which, p, sm_count, chip):
+    keywords = {k: p[k] for k in ("layout", "dtype", "alignment")} | {"sm_count": sm_count}
+    sizes = p["batch"], p["channels"], p["spatial"]
+    capability, shared = chip
+    got = _C.plan(which, *sizes, capability=capability, shared_bytes=shared, **keywords)
+    plain = _C.plan(which, *sizes, capability=75, **keywords)
+    assert got.prefetch in (0, 1) and plain.prefetch == 0
+    assert got.microseconds <= plain.microseconds, "the planner takes nothing that it thinks worse"
+    if not got.prefetch:
+        return
+    assert which != "inference" and capability >= 80
+    assert got.team > 1 and got.rounds == 1 and got.waves > 1
+    assert got.slot_bytes >= 4, "the hardware copies 4, 8 and 16 bytes"
+    tensors = 2 if which == "backward" else 1
+    assert _C.PREFETCH_BYTES >= THREADS * got.slots * got.slot_bytes * tensors
+    # Each resident block takes 1 KB for the system, and shared memory in units of 128 bytes.
+    block = ceil_div(got.shared_bytes + 1024, 128) * 128
+    assert block > _C.PREFETCH_BYTES and blocks_per_sm(p) * block <= shared
+
+
+@each_team_pass
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm_{chip[0]}")
+def test_every_chip_with_asynchronous_copies_has_room_to_prefetch(which, layout, chip):
+    for n, c, side in ((64, 1024, 14), (256, 2048, 7), (32, 128, 28), (32, 512, 28)):
+        capability, shared = chip
+        keywords = {"layout": layout, "capability": capability, "shared_bytes": shared}
+        if _C.plan(which, n, c, side * side, **keywords).prefetch:
+            assert capability >= 80
+            return
+    assert capability < 80
+
+
 @each_pass
 @SETTINGS
 @given(p=problems(), sm_count=sm_counts)
@@ -173,8 +213,8 @@ def test_a_plan_is_a_value(which, p, sm_count):
     got = plan(which, p, sm_count)
     assert got == plan(which, p, sm_count) and repr(got) == repr(plan(which, p, sm_count))
     assert (
-        f".team = {got.team}, .teams = {got.teams}, .rounds = {got.rounds}, .share = {got.share}"
-        in repr(got)
+        f".team = {got.team}, .teams = {got.teams}, .rounds = {got.rounds}, "
+        f".prefetch = {got.prefetch}, .share = {got.share}" in repr(got)
     )
     assert got.microseconds > 0
 
@@ -316,6 +356,7 @@ def test_a_small_2d_layer_is_one_wave_without_barriers():
         ("layout", "nchw"),
         ("dtype", "int8"),
         ("sm_count", 0),
+        ("shared_bytes", -1),
         ("alignment", 3),
         ("alignment", 1),
         ("alignment", 32),

@@ -105,8 +105,8 @@ BUGS = [
     Bug(
         "a block of the team does not arrive",
         "kernels/barrier.cuh",
-        "  if (threadIdx.x == 0) {\n    const unsigned old =",
-        "  if (threadIdx.x == 0 && rank != 1) {\n    const unsigned old =",
+        "  if (threadIdx.x == 0)\n    old =",
+        "  if (threadIdx.x == 0 && rank != 1)\n    old =",
         says="deadlock, no block can go on",
     ),
     Bug(
@@ -125,8 +125,8 @@ BUGS = [
     Bug(
         "late partial result",
         "kernels/moments.cuh",
-        "  team_barrier(barrier_line(workspace, team), plan.team, rank);\n",
-        "  team_barrier(barrier_line(workspace, team), plan.team, rank);\n"
+        "  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);\n",
+        "  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);\n"
         "  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);\n",
         # The early one goes, see below.
     ),
@@ -138,9 +138,9 @@ BUGS = [
     ),
     Bug(
         "store beyond the last channel",
-        "kernels/forward.cu",
-        "kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels",
-        "kLayout == Layout::kChannelsFirst || channel0 + mine <= p.channels",
+        "kernels/slab.cuh",
+        "channel0 + column() * kLanes < p.channels",
+        "channel0 + column() * kLanes <= p.channels",
     ),
     Bug(
         "shuffle over half a warp",
@@ -217,6 +217,82 @@ BUGS = [
         kernel="backward",
         says="ThreadSanitizer: data race",
         race=True,
+    ),
+    Bug(
+        "copies are not waited for",
+        "kernels/prefetch.cuh",
+        "      wait_for_copies();\n",
+        "",
+    ),
+    Bug(
+        "copies are waited for by one warp only",
+        "kernels/prefetch.cuh",
+        "      wait_for_copies();\n",
+        "      if (threadIdx.x < kWarp) wait_for_copies();\n",
+        kernel="backward",
+    ),
+    Bug(
+        "copies go to where the last ones have still to be read",
+        "kernels/forward.cu",
+        "        Next::take(left, walk, tile);\n",
+        "        wait_for_copies();\n"
+        "        Next::fetch(p, plan, slab + plan.teams, walk, static_cast<const T*>(params.x));\n"
+        "        Next::take(left, walk, tile);\n",
+    ),
+    Bug(
+        "copies of the next slab but one",
+        "kernels/forward.cu",
+        "if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams,",
+        "if (plan.prefetch) Next::fetch(p, plan, slab + 2 * plan.teams,",
+    ),
+    Bug(
+        "copies of another team's slab",
+        "kernels/backward.cu",
+        "if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams,",
+        "if (plan.prefetch) Next::fetch(p, plan, slab + 1,",
+        kernel="backward",
+    ),
+    Bug(
+        "copies beyond the last slab",
+        "kernels/prefetch.cuh",
+        "      if (slab >= plan.slabs) return;\n",
+        "",
+        says="a thread ends before its asynchronous copies",
+    ),
+    Bug(
+        "no zeros at the ragged end",
+        "kernels/prefetch.cuh",
+        "exists ? Slot::load_shared(place(tensor, v)) : Slot::zero()",
+        "exists || true ? Slot::load_shared(place(tensor, v)) : Slot::zero()",
+        kernel="backward",
+    ),
+    Bug(
+        "two tensors in one place",
+        "kernels/prefetch.cuh",
+        "((tensor * kSlots + v) * kMaxThreads",
+        "((tensor * 0 + v) * kMaxThreads",
+        kernel="backward",
+        says="two asynchronous copies to one place",
+    ),
+    Bug(
+        "slots of two threads in one place",
+        "kernels/prefetch.cuh",
+        "static_cast<int>(threadIdx.x)) * Slot::kBytes",
+        "static_cast<int>(threadIdx.x % kWarp)) * Slot::kBytes",
+        kernel="backward",
+    ),
+    Bug(
+        "the first slab too is taken from shared memory",
+        "kernels/forward.cu",
+        "plan.prefetch && slab != walk.team()",
+        "plan.prefetch != 0",
+    ),
+    Bug(
+        "more shared memory than the kernel is allowed",
+        "kernels/launch.cuh",
+        "if (error == cudaSuccess && (allowed",
+        "if (error != cudaSuccess && (allowed",
+        says="error 1",
     ),
     Bug(
         "plane boundary not crossed",

@@ -16,7 +16,7 @@ SYSTEM = r"[a-z_]+"  # <vector>: no extension, no folder
 RULES = {
     "csrc/core/*": ({"csrc/core"}, set()),
     "csrc/kernels/launch.h": ({"csrc/core"}, set()),
-    "csrc/kernels/*": ({"csrc/core", "csrc/kernels"}, CUDA),
+    "csrc/kernels/*": ({"csrc/core", "csrc/kernels"}, {*CUDA, "cuda_pipeline_primitives.h"}),
     "csrc/cpu/*": ({"csrc/core", "csrc/cpu", "csrc/kernels/launch.h"}, {"sys/mman.h"}),
     "csrc/binding/introspection.cpp": (
         {"csrc/core", "csrc/binding/regions.h"},

@@ -38,12 +38,14 @@ void check_launch(cudaError_t error, const char* pass) {
 }
 
 Device planned_for(const DeviceState& state) {
-  return {state.sm_count, static_cast<double>(state.l2_bytes)};
+  return {state.sm_count, static_cast<double>(state.l2_bytes), state.shared_bytes,
+          state.capability};
 }
 
-// Launches what `run(plan, workspace)` launches, on fewer SMs if the device does not hold all the
-// blocks at once: another process may hold a part of it (MPS), or the stream may be given a part of
-// it only (green contexts).
+// Launches what `run(plan, workspace)` launches; if the device does not hold all the blocks at
+// once, without a prefetch (the process may have asked for a large L1, which leaves less shared
+// memory), then on fewer SMs: another process may hold a part of it (MPS), or the stream may be
+// given a part of it only (green contexts).
 template <typename Planner, typename Run>
 void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream_t stream,
                  bool counts, bool proposes, Planner planner, Run run) {
@@ -55,7 +57,7 @@ void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream
     workspace.proposals = proposals->mutable_data_ptr();
   }
   cudaError_t error = cudaErrorUnknown;
-  for (Device device = planned_for(state); device.sm_count > 0; device.sm_count /= 2) {
+  for (Device device = planned_for(state); device.sm_count > 0;) {
     const Plan plan = planner(p, device);
     if (const std::int64_t bytes = partials_bytes(p, plan)) {
       partials = new_bytes(x, bytes);
@@ -65,6 +67,11 @@ void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream
     error = static_cast<cudaError_t>(run(plan, workspace));
     if (error != cudaErrorCooperativeLaunchTooLarge) break;
     cudaGetLastError();
+    if (plan.prefetch) {
+      device.shared_bytes = 0;
+    } else {
+      device.sm_count /= 2;
+    }
   }
   check_launch(error, pass);
 }

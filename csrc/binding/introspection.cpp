@@ -77,7 +77,8 @@ Plan make_plan(Pass pass, const Problem& p, const Device& device) {
 
 LaunchPlan launch_plan(const std::string& pass, std::int64_t batch, std::int64_t channels,
                        std::int64_t spatial, const std::string& layout, const std::string& dtype,
-                       int sm_count, int alignment, double l2_bytes) {
+                       int sm_count, int alignment, double l2_bytes, int shared_bytes,
+                       int capability) {
   LaunchPlan l;
   l.pass = parse("pass", pass, kPasses);
   l.problem.batch = batch;
@@ -88,12 +89,18 @@ LaunchPlan launch_plan(const std::string& pass, std::int64_t batch, std::int64_t
   l.problem.alignment = alignment;
   l.device.sm_count = sm_count;
   l.device.l2_bytes = l2_bytes;
+  l.device.shared_bytes = shared_bytes;
+  l.device.capability = capability;
   if (batch < 1 || channels < 1 || spatial < 1)
     throw std::invalid_argument("batch, channels and spatial must be at least 1");
   if (sm_count < 1)
     throw std::invalid_argument("sm_count must be at least 1, got " + std::to_string(sm_count));
   if (!(l2_bytes >= 0))
     throw std::invalid_argument("l2_bytes must not be negative, got " + std::to_string(l2_bytes));
+  if (shared_bytes < 0) {
+    throw std::invalid_argument("shared_bytes must not be negative, got " +
+                                std::to_string(shared_bytes));
+  }
   if (alignment < size_of(l.problem.dtype) || alignment > 16 ||
       (alignment & (alignment - 1)) != 0) {
     throw std::invalid_argument(
@@ -127,6 +134,7 @@ void define(py::module_& m) {
       .def_property_readonly("team", plan_field(&Plan::team))
       .def_property_readonly("teams", plan_field(&Plan::teams))
       .def_property_readonly("rounds", plan_field(&Plan::rounds))
+      .def_property_readonly("prefetch", plan_field(&Plan::prefetch))
       .def_property_readonly("share", plan_field(&Plan::share))
       .def_property_readonly("slabs", plan_field(&Plan::slabs))
       .def_property_readonly("blocks", [](const LaunchPlan& l) { return l.plan.blocks(); })
@@ -144,6 +152,12 @@ void define(py::module_& m) {
                              [](const LaunchPlan& l) { return control_words(l.plan.teams); })
       .def_property_readonly("partials_bytes",
                              [](const LaunchPlan& l) { return partials_bytes(l.problem, l.plan); })
+      .def_property_readonly(
+          "shared_bytes",
+          [](const LaunchPlan& l) {
+            return static_shared_bytes(l.problem) + (l.plan.prefetch ? kPrefetchBytes : 0);
+          },
+          "Shared memory that a block takes whose team meets, at most.")
       .def_property_readonly("proposals_bytes",
                              [](const LaunchPlan& l) { return proposals_bytes(l.problem); })
       .def_property_readonly("sm_count", [](const LaunchPlan& l) { return l.device.sm_count; })
@@ -180,8 +194,11 @@ void define(py::module_& m) {
         py::arg("spatial"), py::kw_only(), py::arg("layout") = "channels_first",
         py::arg("dtype") = "float32", py::arg("sm_count") = Device{}.sm_count,
         py::arg("alignment") = 16, py::arg("l2_bytes") = Device{}.l2_bytes,
+        py::arg("shared_bytes") = Device{}.shared_bytes,
+        py::arg("capability") = Device{}.capability,
         "The plan of a pass (forward, backward, inference) over x of [batch, channels, spatial] on "
-        "sm_count SMs with an L2 of l2_bytes.");
+        "sm_count SMs of this compute capability (10 * major + minor) with shared_bytes of shared "
+        "memory each and an L2 of l2_bytes.");
 
   m.def("may_repeat", &binding::may_repeat,
         "Whether this thread is in a backward pass or under saved-tensor hooks, as the operators "
@@ -195,6 +212,7 @@ void define(py::module_& m) {
   m.attr("MAX_THREADS") = kMaxThreads;
   m.attr("MIN_THREADS") = kMinThreads;
   m.attr("MAX_SLAB_CHANNELS") = kMaxSlabChannels;
+  m.attr("PREFETCH_BYTES") = kPrefetchBytes;
   m.attr("LINE_WORDS") = kLineWords;
   m.attr("STAT_ROWS") = kStatRows;
 }

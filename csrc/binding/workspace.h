@@ -113,6 +113,8 @@ class ControlPool {
 struct DeviceState {
   int sm_count = 0;
   int l2_bytes = 0;
+  int shared_bytes = 0;  // of an SM
+  int capability = 0;    // 10 * major + minor
   ControlPool control;
 };
 
@@ -123,10 +125,16 @@ inline DeviceState& device_state(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   DeviceState& state = (*states)[device];
   if (state.sm_count == 0) {
-    check_cuda(cudaDeviceGetAttribute(&state.sm_count, cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&state.l2_bytes, cudaDevAttrL2CacheSize, device),
-               "cudaDeviceGetAttribute");
+    const auto attribute = [device](cudaDeviceAttr which) {
+      int value = 0;
+      check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+      return value;
+    };
+    state.l2_bytes = attribute(cudaDevAttrL2CacheSize);
+    state.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    state.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                       attribute(cudaDevAttrComputeCapabilityMinor);
+    state.sm_count = attribute(cudaDevAttrMultiProcessorCount);  // last: says that all are there
   }
   return state;
 }

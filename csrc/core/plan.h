@@ -45,16 +45,24 @@ constexpr std::int64_t resident_blocks(const Problem& p, int sm_count) {
   return std::int64_t{sm_count} * blocks_per_sm(p.layout, size_of(p.dtype));
 }
 
-// Slots that a thread holds in registers: 128 bytes in all, x alone going forward, x and dy going
-// back, and never more than 16 of them, where unrolling stops paying.
+// Bytes of tensors that a thread holds in registers: x alone going forward, x and dy going back.
+constexpr int kTileBytes = 128;
+
+// Slots of each of those tensors, and never more than 16 of them, where unrolling stops paying.
 BRN_HD constexpr int slots_per_thread(Pass pass, int slot_bytes) {
-  const int bytes = pass == Pass::kBackward ? 64 : 128;
+  const int bytes = pass == Pass::kBackward ? kTileBytes / 2 : kTileBytes;
   return bytes / slot_bytes < 16 ? bytes / slot_bytes : 16;
 }
+
+// What a block that prefetches has of shared memory for it: a second set of all that its registers
+// hold.
+constexpr int kPrefetchBytes = kMaxThreads * kTileBytes;
 
 struct Device {
   int sm_count = 132;
   double l2_bytes = 60e6;
+  int shared_bytes = 228 << 10;  // shared memory of an SM
+  int capability = 90;           // compute capability: 10 * major + minor
 };
 
 struct Plan {
@@ -65,6 +73,7 @@ struct Plan {
   int team = 0;            // blocks that share a slab; if several, they meet at a barrier
   int teams = 0;           // slabs in work at a time
   int rounds = 0;          // fillings of the registers for one slab; all but the last read twice
+  int prefetch = 0;        // slabs on their way to shared memory while the team meets: 0 or 1
   std::int64_t share = 0;  // positions of a slab that a block owns, the last of a team maybe fewer
   std::int64_t slabs = 0;  // in all
 
@@ -78,13 +87,15 @@ struct Plan {
   friend constexpr bool operator==(const Plan& a, const Plan& b) {
     return a.slot_bytes == b.slot_bytes && a.columns == b.columns && a.slots == b.slots &&
            a.threads == b.threads && a.team == b.team && a.teams == b.teams &&
-           a.rounds == b.rounds && a.share == b.share && a.slabs == b.slabs;
+           a.rounds == b.rounds && a.prefetch == b.prefetch && a.share == b.share &&
+           a.slabs == b.slabs;
   }
 
   friend std::ostream& operator<<(std::ostream& os, const Plan& p) {
     return os << "Plan{.slot_bytes = " << p.slot_bytes << ", .columns = " << p.columns
               << ", .slots = " << p.slots << ", .threads = " << p.threads << ", .team = " << p.team
-              << ", .teams = " << p.teams << ", .rounds = " << p.rounds << ", .share = " << p.share
+              << ", .teams = " << p.teams << ", .rounds = " << p.rounds
+              << ", .prefetch = " << p.prefetch << ", .share = " << p.share
               << ", .slabs = " << p.slabs << "}";
   }
 };
@@ -158,6 +169,24 @@ constexpr int widest_slot(const Problem& p) {
   return bytes;
 }
 
+// Shared memory that a block takes beside kPrefetchBytes, at most: a record of each warp and what
+// is known of each channel of the slab, 8 x 3 + 9 statistics, and a few words.
+constexpr int static_shared_bytes(const Problem& p) {
+  const int channels = p.layout == Layout::kChannelsFirst ? 1 : kMaxSlabChannels;
+  return channels * (kMaxThreads / kWarp * 3 + 9) * size_of_statistic(p.dtype) + 64;
+}
+
+// Whether the kernels can copy a team's next slab to shared memory while it waits at its barrier:
+// the device has such copies (of 4, 8 and 16 bytes), there is a next slab, one round keeps it, and
+// an SM holds as many blocks as ever. Of its shared memory it keeps 1 KB a block and hands out
+// multiples of 128 bytes; one block may have all the rest.
+constexpr bool can_prefetch(const Problem& p, const Device& device, const Plan& plan) {
+  const std::int64_t block = ceil_div(static_shared_bytes(p) + kPrefetchBytes + 1024, 128) * 128;
+  return device.capability >= 80 && plan.slot_bytes >= 4 && plan.team > 1 && plan.rounds == 1 &&
+         plan.waves() > 1 &&
+         blocks_per_sm(p.layout, size_of(p.dtype)) * block <= device.shared_bytes;
+}
+
 // Bytes that are read a second time. The first round takes the ragged end of a block's share, the
 // last one a full round before it, which stays in registers.
 constexpr std::int64_t bytes_reread(const Problem& p, const Plan& plan, Pass pass) {
@@ -197,11 +226,12 @@ constexpr std::int64_t bytes_missed(const Problem& p, const Plan& plan, const De
 constexpr double estimate(const Problem& p, const Plan& plan, const Device& device, Pass pass) {
   constexpr double kCopy = 4.3e6;  // bytes per us, read and written, whole chip
   constexpr double kCopyOfOneSm =
-      6.0e4;                        // bytes per us that one SM can draw when the others are idle
-  constexpr double kLook2 = 5.5e6;  // bytes per us out of L2
-  constexpr double kLaunch = 2.0;   // us, fixed cost of a kernel in a graph
-  constexpr double kSlabLatency = 1.3;  // us: first load, block reduction, last store
-  constexpr double kBarrier = 1.5;      // us: publish, arrive, poll, merge
+      6.0e4;                          // bytes per us that one SM can draw when the others are idle
+  constexpr double kLook2 = 5.5e6;    // bytes per us out of L2
+  constexpr double kLaunch = 2.0;     // us, fixed cost of a kernel in a graph
+  constexpr double kFirstLoad = 0.8;  // us: from the first load of a slab to its data
+  constexpr double kReduce = 0.5;     // us: block reduction, last store
+  constexpr double kBarrier = 1.5;    // us: publish, arrive, poll, merge
 
   const double bytes = static_cast<double>(p.elements()) * size_of(p.dtype);
   const double busy =
@@ -224,15 +254,25 @@ constexpr double estimate(const Problem& p, const Plan& plan, const Device& devi
   const double stream =
       ((tensors_moved(pass) * bytes + missed) / speed + (again - missed) / kLook2) * last_wave;
 
-  if (plan.team == 1 || pass == Pass::kInference) return kLaunch + kSlabLatency + stream;
+  if (plan.team == 1 || pass == Pass::kInference) return kLaunch + kFirstLoad + kReduce + stream;
   // A block that waits leaves its SM to the other blocks there, if they belong to another team and
   // have work: with one team, or one wave, nobody has.
   const double waves = static_cast<double>(plan.waves());
   const double cycle = stream / waves;
   const bool alone = plan.teams == 1 || plan.waves() == 1;
   const int overlap = alone ? 1 : blocks_per_sm(p.layout, size_of(p.dtype));
-  const double exposed = kSlabLatency + kBarrier + cycle / overlap;
-  return kLaunch + waves * (cycle > exposed ? cycle : exposed);
+  const double own = cycle / overlap;
+  const double exposed = kFirstLoad + kReduce + kBarrier + own;
+  const double first_wave = cycle > exposed ? cycle : exposed;
+  if (plan.prefetch == 0) return kLaunch + waves * first_wave;
+  // From the second slab on, the block's own reads run beside the barrier, and only the longer of
+  // the two shows; its writes follow the barrier. That is less than `exposed` by kFirstLoad while
+  // the barrier is the longer and by kBarrier once the reads are. It saves nothing where the other
+  // blocks keep the memory busy all the cycle. As everything here an estimate: no GPU has run it.
+  const double reads = own * (tensors_moved(pass) - 1) / tensors_moved(pass);
+  const double loading = kFirstLoad + reads;
+  const double shows = kReduce + (loading > kBarrier ? loading : kBarrier) + (own - reads);
+  return kLaunch + first_wave + (waves - 1) * (cycle > shows ? cycle : shows);
 }
 
 // Completes a choice of slot, columns, threads and team size.
@@ -251,6 +291,7 @@ constexpr Plan cut(const Problem& p, const Device& device, Plan plan) {
     plan.teams = static_cast<int>(
         ceil_div(plan.slabs, ceil_div(plan.slabs, fit)));  // as few waves, evenly filled
   }
+  if (!can_prefetch(p, device, plan)) plan.prefetch = 0;
   return plan;
 }
 
@@ -306,11 +347,16 @@ constexpr Plan plan_width(const Problem& p, const Device& device, Pass pass, int
     team = team < useful ? team : useful;
     if (team < 2) continue;
     plan.team = static_cast<int>(team);
-    const Plan candidate = cut(p, device, plan);
-    const double time = estimate(p, candidate, device, pass);
-    if (time < best_time) {
-      best = candidate;
-      best_time = time;
+    plan.prefetch = 1;
+    Plan candidate = cut(p, device, plan);
+    const int can = candidate.prefetch;
+    for (candidate.prefetch = 0; candidate.prefetch <= can; ++candidate.prefetch) {
+      const double time = estimate(p, candidate, device, pass);
+      // A prefetch has to promise 3%: the way through shared memory is not in the model.
+      if (time < best_time * (candidate.prefetch == 0 ? 1.0 : 0.97)) {
+        best = candidate;
+        best_time = time;
+      }
     }
   }
   return best;

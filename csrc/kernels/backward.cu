@@ -2,7 +2,8 @@
 //
 //   for each slab of its team, a block
 //     - reads its share of x and dy once, into registers, and takes sum(dy), sum(dy * (x - mean))
-//     - meets the other blocks of the team, if any, and adds all their sums in rank order
+//     - meets the other blocks of the team, if any, and adds all their sums in rank order; with
+//       plan.prefetch its share of the next slab is on its way to shared memory meanwhile
 //     - projects dy onto the null space of 1 and x_norm and writes dx
 //   the first block of the team writes dweight and dbias
 //
@@ -11,6 +12,7 @@
 // first.
 #include "launch.cuh"
 #include "launch.h"
+#include "prefetch.cuh"
 #include "slab.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kSlots = slots_per_thread(Pass::kBackward, kSlotBytes);
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
+  using Next = Prefetch<Slot, kSlots, 2>;
   __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
   __shared__ Projection<Real> projections[kSlab];
 
@@ -58,11 +61,10 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
-    const bool in_range = kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels;
+    const bool in_range = walk.in_range(p, channel0);
     const bool finishes =
         thread < channels && channel0 + thread < p.channels;  // a channel, once its sums are known
-    const std::int64_t slab_offset =
-        kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+    const std::int64_t slab_offset = walk.slab_offset(p, channel0);
     const T* x = static_cast<const T*>(params.x) + slab_offset;
     const T* dy = static_cast<const T*>(params.dy) + slab_offset;
     T* dx = static_cast<T*>(params.dx) + slab_offset;
@@ -80,6 +82,8 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       Cursor cursor = walk.begin(p, piece);
       if (round + 1 < plan.rounds) {
         load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, left, cursor, walk);
+      } else if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
+        Next::take(left, walk, x_tile, dy_tile);
       } else {
         load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
       }
@@ -87,9 +91,14 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     }
 
     Sums<Real> total = block_merge(sums, plan.columns, plan.threads, records);
-    if (plan.team > 1)
-      total =
-          team_sums(total, plan, channels, walk.team(), walk.rank(), parity, workspace, records);
+    if (plan.team > 1) {
+      const auto fetch_next = [&] {
+        const T* tensors[] = {static_cast<const T*>(params.x), static_cast<const T*>(params.dy)};
+        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensors[0], tensors[1]);
+      };
+      total = team_sums(total, plan, channels, walk.team(), walk.rank(), parity, workspace, records,
+                        fetch_next);
+    }
     if (finishes) {
       const int c = channel0 + thread;
       const ChannelStats<Real> stats = stats_of<Real>(params, p, c);
@@ -143,8 +152,9 @@ int launch_backward(const Problem& p, const Plan& plan, const BackwardParams& pa
                     const Workspace& workspace, cudaStream_t stream) {
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
-    return launch(backward_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, plan.team > 1,
-                  stream, p, plan, stride(p, plan), params, workspace);
+    static Allowed allowed;
+    return launch_prefetching(allowed, backward_kernel<typename V::T, V::kLayout, V::kSlotBytes>,
+                              plan, stream, p, plan, stride(p, plan), params, workspace);
   });
 }
 

@@ -3,6 +3,7 @@
 // it is met.
 #include "launch.cuh"
 #include "launch.h"
+#include "prefetch.cuh"
 #include "slab.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kSlots = slots_per_thread(Pass::kBackward, kSlotBytes);
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
+  using Next = Prefetch<Slot, kSlots, 2>;
   __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
 
   const Walk<kLayout, Slot::kLanes> walk(plan, stride);
@@ -32,9 +34,8 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
-    const bool in_range = kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels;
-    const std::int64_t slab_offset =
-        kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+    const bool in_range = walk.in_range(p, channel0);
+    const std::int64_t slab_offset = walk.slab_offset(p, channel0);
     const T* x = static_cast<const T*>(params.x) + slab_offset;
     const T* dy = static_cast<const T*>(params.dy) + slab_offset;
 
@@ -51,14 +52,23 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
       const int left = in_range ? walk.left(piece) : 0;
       Cursor cursor = walk.begin(p, piece);
-      load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
+      if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
+        Next::take(left, walk, x_tile, dy_tile);
+      } else {
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
+      }
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
     Sums<Real> total = block_merge(sums, plan.columns, plan.threads, records);
-    if (plan.team > 1)
-      total =
-          team_sums(total, plan, channels, walk.team(), walk.rank(), parity, workspace, records);
+    if (plan.team > 1) {
+      const auto fetch_next = [&] {
+        const T* tensors[] = {static_cast<const T*>(params.x), static_cast<const T*>(params.dy)};
+        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensors[0], tensors[1]);
+      };
+      total = team_sums(total, plan, channels, walk.team(), walk.rank(), parity, workspace, records,
+                        fetch_next);
+    }
     const int c = channel0 + thread;
     if (walk.rank() == 0 && thread < channels && c < p.channels) {
       const ChannelStats<Real> stats = stats_of<Real>(params.stats, p.channels, c);
@@ -77,8 +87,10 @@ int launch_backward_sums(const Problem& p, const Plan& plan, const BackwardSumsP
                          const Workspace& workspace, cudaStream_t stream) {
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
-    return launch(backward_sums_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan,
-                  plan.team > 1, stream, p, plan, stride(p, plan), params, workspace);
+    static Allowed allowed;
+    return launch_prefetching(allowed,
+                              backward_sums_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan,
+                              stream, p, plan, stride(p, plan), params, workspace);
   });
 }
 

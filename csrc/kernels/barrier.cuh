@@ -21,12 +21,12 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 #endif
 }
 
-// acq_rel: what this block wrote before is visible to whoever sees the new value, and the other way
-// round.
-__device__ __forceinline__ unsigned add_acq_rel(unsigned* p, unsigned value) {
+// release: what this block wrote before is visible to whoever acquires the new value, or a later
+// one that others made of it. Not acquire too: that would wait for the old value at once.
+__device__ __forceinline__ unsigned add_release(unsigned* p, unsigned value) {
 #if defined(__CUDACC__)
   unsigned old;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
                : "=r"(old)
                : "l"(p), "r"(value)
                : "memory");
@@ -36,19 +36,28 @@ __device__ __forceinline__ unsigned add_acq_rel(unsigned* p, unsigned value) {
 #endif
 }
 
-// Waits until all `team` blocks have come. Together they add exactly 2^31: bit 31 flips when the
-// last one arrives, and the lower bits are zero again: the next use, of this launch or of any
-// other, with a team of any size, starts from a clean count and waits for the next flip.
-__device__ __forceinline__ void team_barrier(unsigned* line, int team, int rank) {
+// Waits until all `team` blocks have come, and has the block do something of its own meanwhile.
+// Together they add exactly 2^31: bit 31 flips when the last one arrives, and the lower bits are
+// zero again: the next use, of this launch or of any other, with a team of any size, starts from a
+// clean count and waits for the next flip.
+template <typename Meanwhile>
+__device__ __forceinline__ void team_barrier(unsigned* line, int team, int rank,
+                                             Meanwhile meanwhile) {
   constexpr unsigned kFlip = 0x80000000u;
   __syncthreads();
+  unsigned old = 0;
+  if (threadIdx.x == 0)
+    old = add_release(line, rank == 0 ? kFlip - static_cast<unsigned>(team - 1) : 1u);
+  meanwhile();
   if (threadIdx.x == 0) {
-    const unsigned old =
-        add_acq_rel(line, rank == 0 ? kFlip - static_cast<unsigned>(team - 1) : 1u);
     while (((old ^ load_acquire(line)) & kFlip) == 0) __nanosleep(20);
   }
   __syncthreads();
 }
+
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
 
 // The control words: see control_words().
 __device__ __forceinline__ unsigned* ticket_word(const Workspace& w) { return w.control; }

@@ -2,7 +2,8 @@
 //
 //   for each slab of its team, a block
 //     - reads its share of x once, into registers, and takes their moments around the pivot
-//     - meets the other blocks of the team, if any, and merges all their moments in rank order
+//     - meets the other blocks of the team, if any, and merges all their moments in rank order;
+//       with plan.prefetch its share of the next slab is on its way to shared memory meanwhile
 //     - computes r and d; the first block of the team moves the running statistics
 //     - normalises what its registers still hold and writes y
 //
@@ -13,6 +14,7 @@
 #include "launch.cuh"
 #include "launch.h"
 #include "moments.cuh"
+#include "prefetch.cuh"
 #include "slab.cuh"
 #include "step.cuh"
 #include "tile.cuh"
@@ -93,6 +95,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kSlots = slots_per_thread(Pass::kForward, kSlotBytes);
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
+  using Next = Prefetch<Slot, kSlots, 1>;
   __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
   __shared__ ChannelState<Real> states[kSlab];
   __shared__ Affine<Real> affines[kSlab];
@@ -109,17 +112,25 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
-    const bool in_range = kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels;
+    const bool in_range = walk.in_range(p, channel0);
     const bool finishes = thread < channels &&
                           channel0 + thread < p.channels;  // a channel, once its moments are known
-    const std::int64_t slab_offset =
-        kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+    const std::int64_t slab_offset = walk.slab_offset(p, channel0);
     const T* x = static_cast<const T*>(params.x) + slab_offset;
     T* y = static_cast<T*>(params.y) + slab_offset;
 
     Real pivot[kChannels];
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) pivot[k] = load_element(x + (in_range ? mine + k : 0));
+
+    // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
+    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
+    const auto read_state = [&] {
+      const int own = kLayout == Layout::kChannelsFirst ? 0 : thread;
+      if (finishes)
+        states[thread] = channel_state(params, channel0 + thread, load_element(x + own));
+    };
+    if (fetched) read_state();
 
     typename Slot::Bits tile[kSlots];
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
@@ -128,13 +139,12 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       Cursor cursor = walk.begin(p, piece);
       if (round + 1 < plan.rounds) {
         load_tile<Slot, Reuse::kAgain>(tile, x, left, cursor, walk);
+      } else if (fetched) {
+        Next::take(left, walk, tile);
       } else {
         load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
       }
-      if (round == 0 && finishes) {
-        const int own = kLayout == Layout::kChannelsFirst ? 0 : thread;
-        states[thread] = channel_state(params, channel0 + thread, load_element(x + own));
-      }
+      if (round == 0 && !fetched) read_state();
       moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
     }
 
@@ -143,8 +153,12 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     // it.
     if (counts && slab == walk.team() && thread == 0) counts_last = take_ticket(workspace);
     if (plan.team > 1) {
+      const auto fetch_next = [&] {
+        const T* tensor = static_cast<const T*>(params.x);
+        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
+      };
       total = team_moments(total, plan, stride.positions, Slot::kLanes / kChannels, channels,
-                           walk.team(), walk.rank(), parity, workspace, records);
+                           walk.team(), walk.rank(), parity, workspace, records, fetch_next);
     }
     if (finishes) {
       const ChannelState<Real> state = states[thread];
@@ -197,8 +211,9 @@ int launch_forward(const Problem& p, const Plan& plan, const ForwardParams& para
                    const Workspace& workspace, cudaStream_t stream) {
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
-    return launch(forward_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, plan.team > 1,
-                  stream, p, plan, stride(p, plan), params, workspace);
+    static Allowed allowed;
+    return launch_prefetching(allowed, forward_kernel<typename V::T, V::kLayout, V::kSlotBytes>,
+                              plan, stream, p, plan, stride(p, plan), params, workspace);
   });
 }
 

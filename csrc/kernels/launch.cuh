@@ -8,6 +8,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
 namespace brn {
 
 // What a kernel is compiled for.
@@ -58,8 +62,8 @@ cudaError_t dispatch(const Problem& p, const Plan& plan, Run run) {
 // launch promises: without it two such kernels on two streams can each hold the SMs that the other
 // waits for.
 template <typename... Expected, typename... Actual>
-cudaError_t launch(void (*kernel)(Expected...), const Plan& plan, bool cooperative,
-                   cudaStream_t stream, const Actual&... args) {
+cudaError_t launch_with(std::size_t shared_bytes, void (*kernel)(Expected...), const Plan& plan,
+                        bool cooperative, cudaStream_t stream, const Actual&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -67,10 +71,40 @@ cudaError_t launch(void (*kernel)(Expected...), const Plan& plan, bool cooperati
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks()));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <typename... Expected, typename... Actual>
+cudaError_t launch(void (*kernel)(Expected...), const Plan& plan, bool cooperative,
+                   cudaStream_t stream, const Actual&... args) {
+  return launch_with(0, kernel, plan, cooperative, stream, args...);
+}
+
+// The devices, by their bits, on which a kernel may have kPrefetchBytes.
+using Allowed = std::atomic<std::uint64_t>;
+
+// As launch(), of a kernel that follows plan.prefetch. With its static arrays that is more than the
+// 48 KB that every kernel may have, so it is allowed once a device: no work for a stream, and so
+// nothing that a capture would refuse or record.
+template <typename... Expected, typename... Actual>
+cudaError_t launch_prefetching(Allowed& allowed, void (*kernel)(Expected...), const Plan& plan,
+                               cudaStream_t stream, const Actual&... args) {
+  const bool cooperative = plan.team > 1;
+  if (plan.prefetch == 0) return launch(kernel, plan, cooperative, stream, args...);
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
+  if (error == cudaSuccess && (allowed.load(std::memory_order_relaxed) & bit) == 0) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPrefetchBytes);
+    if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
+  if (error != cudaSuccess) return error;
+  return launch_with(kPrefetchBytes, kernel, plan, cooperative, stream, args...);
 }
 
 }  // namespace brn

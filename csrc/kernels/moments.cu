@@ -4,6 +4,7 @@
 #include "launch.cuh"
 #include "launch.h"
 #include "moments.cuh"
+#include "prefetch.cuh"
 #include "slab.cuh"
 #include "tile.cuh"
 #include "vector.cuh"
@@ -21,6 +22,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kSlots = slots_per_thread(Pass::kForward, kSlotBytes);
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
+  using Next = Prefetch<Slot, kSlots, 1>;
   __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
   __shared__ Real pivots[kSlab];
 
@@ -32,29 +34,43 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
-    const bool in_range = kLayout == Layout::kChannelsFirst || channel0 + mine < p.channels;
-    const T* x = static_cast<const T*>(params.x) +
-                 (kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0);
+    const bool in_range = walk.in_range(p, channel0);
+    const T* x = static_cast<const T*>(params.x) + walk.slab_offset(p, channel0);
 
     Real pivot[kChannels];
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) pivot[k] = load_element(x + (in_range ? mine + k : 0));
+
+    // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
+    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
+    const auto read_pivot = [&] {
+      if (thread < channels && channel0 + thread < p.channels)
+        pivots[thread] = load_element(x + (kLayout == Layout::kChannelsFirst ? 0 : thread));
+    };
+    if (fetched) read_pivot();
 
     typename Slot::Bits tile[kSlots];
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
       const int left = in_range ? walk.left(piece) : 0;
       Cursor cursor = walk.begin(p, piece);
-      load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
-      if (round == 0 && thread < channels && channel0 + thread < p.channels)
-        pivots[thread] = load_element(x + (kLayout == Layout::kChannelsFirst ? 0 : thread));
+      if (fetched) {
+        Next::take(left, walk, tile);
+      } else {
+        load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
+      }
+      if (round == 0 && !fetched) read_pivot();
       moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
     }
 
     Moments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
     if (plan.team > 1) {
+      const auto fetch_next = [&] {
+        const T* tensor = static_cast<const T*>(params.x);
+        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
+      };
       total = team_moments(total, plan, stride.positions, Slot::kLanes / kChannels, channels,
-                           walk.team(), walk.rank(), parity, workspace, records);
+                           walk.team(), walk.rank(), parity, workspace, records, fetch_next);
     }
     if (walk.rank() == 0 && thread < channels && channel0 + thread < p.channels) {
       double* mean = params.message + channel0 + thread;
@@ -75,8 +91,9 @@ int launch_moments(const Problem& p, const Plan& plan, const MomentsParams& para
                    const Workspace& workspace, cudaStream_t stream) {
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
-    return launch(moments_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, plan.team > 1,
-                  stream, p, plan, stride(p, plan), params, workspace);
+    static Allowed allowed;
+    return launch_prefetching(allowed, moments_kernel<typename V::T, V::kLayout, V::kSlotBytes>,
+                              plan, stream, p, plan, stride(p, plan), params, workspace);
   });
 }
 

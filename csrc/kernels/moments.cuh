@@ -78,17 +78,18 @@ __device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
 }
 
 // What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
-// records in the same order.
-template <typename Real>
+// records in the same order. While it waits for them it does `meanwhile`.
+template <typename Real, typename Meanwhile = Nothing>
 __device__ __forceinline__ Moments<Real> team_moments(Moments<Real> mine, const Plan& plan,
                                                       std::int64_t positions, int lanes,
                                                       int channels, int team, int rank, int parity,
                                                       const Workspace& workspace,
-                                                      Moments<Real>* records) {
+                                                      Moments<Real>* records,
+                                                      Meanwhile meanwhile = {}) {
   const Partials<Real> partials(workspace, plan, channels, team, parity);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);
-  team_barrier(barrier_line(workspace, team), plan.team, rank);
+  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);
 
   MomentsOf<Real, 1> part = MomentsOf<Real, 1>::empty();
   for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {

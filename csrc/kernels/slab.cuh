@@ -79,6 +79,15 @@ class Walk {
     return kLayout == Layout::kChannelsFirst ? 0 : static_cast<int>(threadIdx.x) % plan_.columns;
   }
 
+  // Where a slab lies in a tensor, and whether it has this thread's channels: the last one may end
+  // beyond C.
+  __device__ __forceinline__ std::int64_t slab_offset(const Problem& p, int channel0) const {
+    return kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
+  }
+  __device__ __forceinline__ bool in_range(const Problem& p, int channel0) const {
+    return kLayout == Layout::kChannelsFirst || channel0 + column() * kLanes < p.channels;
+  }
+
   // Which piece of the share a round takes, where pieces fill the registers and only the last may
   // be ragged: that one first, so that what stays in registers after all rounds is a full piece. A
   // loop over rounds carries `piece = round++`, which costs fewer registers than asking each time.

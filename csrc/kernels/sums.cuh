@@ -53,15 +53,16 @@ __device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
 }
 
 // What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
-// records in the same order.
-template <typename Real>
+// records in the same order. While it waits for them it does `meanwhile`.
+template <typename Real, typename Meanwhile = Nothing>
 __device__ __forceinline__ Sums<Real> team_sums(Sums<Real> mine, const Plan& plan, int channels,
                                                 int team, int rank, int parity,
-                                                const Workspace& workspace, Sums<Real>* records) {
+                                                const Workspace& workspace, Sums<Real>* records,
+                                                Meanwhile meanwhile = {}) {
   const Partials<Real> partials(workspace, plan, channels, team, parity);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < channels) partials.publish(rank, thread, mine.g, mine.gx);
-  team_barrier(barrier_line(workspace, team), plan.team, rank);
+  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);
 
   SumsOf<Real, 1> part = SumsOf<Real, 1>::empty();
   for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {

@@ -39,13 +39,17 @@ __device__ __forceinline__ void keep_packed(Words<kWords>& bits) {
 }
 
 // kOnce: the last time this launch reads the address. kAgain: it will read it again, from L2 if it
-// is still there.
-enum class Reuse { kOnce, kAgain };
+// is still there. kShared: it is in shared memory.
+enum class Reuse { kOnce, kAgain, kShared };
 
 template <Reuse kReuse, typename V>
 __device__ __forceinline__ V load_bits(const void* p) {
   const V* typed = static_cast<const V*>(p);
-  return kReuse == Reuse::kOnce ? __ldcs(typed) : __ldcg(typed);
+  if constexpr (kReuse == Reuse::kShared) {
+    return *typed;
+  } else {
+    return kReuse == Reuse::kOnce ? __ldcs(typed) : __ldcg(typed);
+  }
 }
 
 template <int kBytes, Reuse kReuse>
@@ -120,11 +124,17 @@ struct Slot {
                 "one hardware access, whole elements");
   using Real = RealOf<T>;
   using Bits = Words<(kSlotBytes + 3) / 4>;
+  static constexpr int kBytes = kSlotBytes;
   static constexpr int kLanes = kSlotBytes / static_cast<int>(sizeof(T));
 
   template <Reuse kReuse>
   __device__ __forceinline__ static Bits load(const T* p) {
     return load_words<kSlotBytes, kReuse>(p);
+  }
+
+  // One access too: Words is aligned to 4 bytes only, and would be read word by word.
+  __device__ __forceinline__ static Bits load_shared(const void* p) {
+    return load_words<kSlotBytes, Reuse::kShared>(p);
   }
 
   __device__ __forceinline__ static Bits zero() { return Bits{}; }

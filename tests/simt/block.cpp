@@ -53,10 +53,11 @@ void start_fiber() { block->enter_kernel(); }
 }  // namespace
 
 void Block::prepare(Launch& launch, int resident, unsigned index, char* stacks, std::size_t stride,
-                    std::size_t stack_size) {
+                    std::size_t stack_size, void* dynamic_shared) {
   launch_ = &launch;
   resident_ = resident;
   index_ = index;
+  dynamic_shared_ = dynamic_shared;
   preempted_ = false;
   moved_ = true;
   random_.seed(launch.settings.seed * 104729u + index);
@@ -76,6 +77,7 @@ void Block::prepare(Launch& launch, int resident, unsigned index, char* stacks, 
     t.index = i;
     t.exchanges = 0;
     t.barriers = 0;
+    t.copies.clear();
     // Stacks that all began at the same offset in a page would share a few lines of the L1 cache.
     const std::size_t colour = i * 13 % 61 * 64;
     make_fiber(t.fiber, stacks + i * stride, stack_size - colour, start_fiber);
@@ -132,6 +134,7 @@ void Block::enter_kernel() {
   fiber_entered(scheduler_);
   launch_->body(launch_->arguments);
   Thread& self = *current_;
+  if (!self.copies.empty()) fail(self.site, "a thread ends before its asynchronous copies");
   move_to(self, kExited);
   switch_fiber(self.fiber, scheduler_, true);
   std::abort();
@@ -172,6 +175,35 @@ void Block::may_be_preempted() {
   if (launch_->settings.order != Order::kRandom || chance(2)) return;
   preempted_ = true;
   switch_fiber(current_->fiber, scheduler_);
+}
+
+void Block::issue_copy(Site site, const Copy& copy) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(dynamic_shared_);
+  const auto to = reinterpret_cast<std::uintptr_t>(copy.to);
+  if (copy.size != 4 && copy.size != 8 && copy.size != 16)
+    fail(site, "an asynchronous copy of " + std::to_string(copy.size) + " bytes");
+  if (to < begin || to + copy.size > begin + launch_->dynamic_shared)
+    fail(site, "an asynchronous copy to beyond the block's dynamic shared memory");
+  PendingCopy pending{copy, {}};
+  std::memcpy(pending.source, copy.from, copy.size);
+  for (const Thread& t : threads_) {
+    for (const PendingCopy& other : t.copies) {
+      const auto there = reinterpret_cast<std::uintptr_t>(other.copy.to);
+      if (to < there + other.copy.size && there < to + copy.size)
+        fail(site, "two asynchronous copies to one place");
+    }
+  }
+  current_->copies.push_back(pending);
+}
+
+bool Block::next_landing(Site site, Copy& copy) {
+  if (current_->copies.empty()) return false;
+  const PendingCopy pending = current_->copies.back();
+  current_->copies.pop_back();
+  copy = pending.copy;
+  if (std::memcmp(pending.source, copy.from, copy.size) != 0)
+    fail(site, "the source of an asynchronous copy was overwritten before it landed");
+  return true;
 }
 
 void Block::fail(Site site, const std::string& what) {
@@ -282,6 +314,9 @@ std::uint64_t exchange(Site site, Operation operation, unsigned mask, std::uint6
 void sync_block(Site site) { block->sync(site); }
 void spin_pause(Site site) { block->wait(kSpinning, site, Operation::kPause); }
 void may_be_preempted() { block->may_be_preempted(); }
+void* dynamic_shared() { return block->dynamic_shared(); }
+void issue_copy(Site site, const Copy& copy) { block->issue_copy(site, copy); }
+bool next_landing(Site site, Copy& copy) { return block->next_landing(site, copy); }
 void fail(Site site, const std::string& what) { block->fail(site, what); }
 
 }  // namespace simt

@@ -16,6 +16,12 @@ constexpr int kWarp = 32;
 
 enum State { kReady, kAtBarrier, kInExchange, kSpinning, kExited, kStates };
 
+// A copy under way, and what its source held when it was issued.
+struct PendingCopy {
+  Copy copy;
+  unsigned char source[16];
+};
+
 struct Thread {
   Fiber fiber;
   State state = kReady;
@@ -24,6 +30,7 @@ struct Thread {
   Site site = {"", 0};     // where it waits, and in what
   Operation operation = Operation::kSyncWarp;
   unsigned barriers = 0;  // its parity picks the mark
+  std::vector<PendingCopy> copies;
 };
 
 struct Warp {
@@ -36,9 +43,10 @@ struct Warp {
 
 class Block {
  public:
-  // Thread i has the `stack_size` bytes from stacks + i * stride on.
+  // Thread i has the `stack_size` bytes from stacks + i * stride on, the block
+  // launch.dynamic_shared bytes of shared memory.
   void prepare(Launch& launch, int resident, unsigned index, char* stacks, std::size_t stride,
-               std::size_t stack_size);
+               std::size_t stack_size, void* dynamic_shared);
   void run();  // until all threads have exited or the launch has failed
 
   // For the running thread.
@@ -48,6 +56,9 @@ class Block {
   std::uint64_t exchange(Site site, Operation operation, unsigned mask, std::uint64_t value,
                          int source);
   void may_be_preempted();
+  void* dynamic_shared() const { return dynamic_shared_; }
+  void issue_copy(Site site, const Copy& copy);
+  bool next_landing(Site site, Copy& copy);
   [[noreturn]] void fail(Site site, const std::string& what);
   int lane() const { return static_cast<int>(current_->index % kWarp); }
 
@@ -67,6 +78,7 @@ class Block {
   Launch* launch_ = nullptr;
   int resident_ = 0;
   unsigned index_ = 0;
+  void* dynamic_shared_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<int> warp_order_;

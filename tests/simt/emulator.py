@@ -95,11 +95,12 @@ class Plan:
     team: int
     teams: int
     rounds: int
+    prefetch: int
     share: int
     slabs: int
 
     def fields(self) -> ctypes.Array:
-        return (ctypes.c_int64 * 9)(*(getattr(self, f.name) for f in fields(self)))
+        return (ctypes.c_int64 * 10)(*(getattr(self, f.name) for f in fields(self)))
 
     @property
     def blocks(self) -> int:
@@ -235,7 +236,7 @@ class Emulator:
         self.control = np.zeros(1 << 15, np.uint32)
 
     def plan(self, which: Pass, problem: Problem, sm_count: int | None = None) -> Plan:
-        out = (ctypes.c_int64 * 9)()
+        out = (ctypes.c_int64 * 10)()
         sms = self.sm_count if sm_count is None else sm_count
         self.library.simt_plan(int(which), problem.fields(), sms, out)
         return Plan(*out)
@@ -460,7 +461,7 @@ class Emulator:
         weight: np.ndarray | None = None,
     ) -> np.ndarray:
         """dx [N, C, S], with the sums and the count of all ranks."""
-        fields_ = (ctypes.c_int64 * 9)()
+        fields_ = (ctypes.c_int64 * 10)()
         self.library.simt_plan_backward_project(problem.fields(), self.sm_count, fields_)
         plan = Plan(*fields_)
         arena = Arena(self.library)

@@ -52,14 +52,15 @@ Plan plan_of(const std::int64_t* f) {
   p.team = static_cast<int>(f[4]);
   p.teams = static_cast<int>(f[5]);
   p.rounds = static_cast<int>(f[6]);
-  p.share = f[7];
-  p.slabs = f[8];
+  p.prefetch = static_cast<int>(f[7]);
+  p.share = f[8];
+  p.slabs = f[9];
   return p;
 }
 
 void write_plan(const Plan& p, std::int64_t* f) {
-  const std::int64_t fields[] = {p.slot_bytes, p.columns, p.slots, p.threads, p.team,
-                                 p.teams,      p.rounds,  p.share, p.slabs};
+  const std::int64_t fields[] = {p.slot_bytes, p.columns, p.slots,    p.threads, p.team,
+                                 p.teams,      p.rounds,  p.prefetch, p.share,   p.slabs};
   std::copy(std::begin(fields), std::end(fields), f);
 }
 

@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -32,6 +33,7 @@ namespace {
 
 constexpr unsigned kMaxThreads = 1024;
 constexpr std::size_t kPage = 4096;
+constexpr std::size_t kShared = 128;  // alignment of dynamic shared memory
 #if defined(SIMT_ASAN)
 constexpr std::size_t kStack = 256 * 1024;
 #else
@@ -95,11 +97,17 @@ class Worker {
         launch = std::exchange(launch_, nullptr);
       }
       reserve_stacks(launch->threads);
+      // Of its own, so that AddressSanitizer sees an access past its end.
+      const std::unique_ptr<void, void (*)(void*)> shared(
+          std::aligned_alloc(kShared, (launch->dynamic_shared + kShared - 1) / kShared * kShared),
+          std::free);
       launch->begin(resident_);
       for (unsigned index; launch->next_block(index);) {
         poison_shared_memory();
+        if (launch->dynamic_shared > 0) std::memset(shared.get(), 0xff, launch->dynamic_shared);
         block = &block_;
-        block_.prepare(*launch, resident_, index, stacks_ + kPage, kStack, kStack - kPage);
+        block_.prepare(*launch, resident_, index, stacks_ + kPage, kStack, kStack - kPage,
+                       shared.get());
         block_.run();
       }
       if (launch->failed()) forget_stacks();
@@ -162,6 +170,7 @@ class Pool {
 std::mutex launching;  // one grid at a time, as on one stream
 Settings settings;
 std::string error;
+std::map<const void*, std::size_t> allowed;  // dynamic shared memory, by kernel
 
 }  // namespace
 
@@ -178,8 +187,19 @@ void select_blocks(unsigned first, unsigned count) {
 
 const char* last_error() { return error.c_str(); }
 
-int run_grid(unsigned blocks, unsigned threads, bool cooperative, void (*body)(void*),
-             void* arguments) {
+void allow_dynamic_shared(const void* kernel, std::size_t bytes) {
+  std::unique_lock<std::mutex> lock(launching);
+  allowed[kernel] = bytes;
+}
+
+std::size_t dynamic_shared_allowed(const void* kernel) {
+  std::unique_lock<std::mutex> lock(launching);
+  const auto found = allowed.find(kernel);
+  return found != allowed.end() ? found->second : 0;
+}
+
+int run_grid(unsigned blocks, unsigned threads, std::size_t dynamic_shared, bool cooperative,
+             void (*body)(void*), void* arguments) {
   std::unique_lock<std::mutex> lock(launching);
   error.clear();
   const std::uint64_t selected_end = std::uint64_t{settings.first_block} + settings.block_count;
@@ -204,7 +224,8 @@ int run_grid(unsigned blocks, unsigned threads, bool cooperative, void (*body)(v
     residents = std::min(residents, settings.random() ? std::min(capacity, 4u) : 1u);
   }
   static Pool* pool = new Pool;  // never destroyed: its threads sleep in it at exit
-  Launch launch(settings, blocks, threads, static_cast<int>(residents), body, arguments);
+  Launch launch(settings, blocks, threads, dynamic_shared, static_cast<int>(residents), body,
+                arguments);
   pool->run(launch, static_cast<int>(residents));
   error = launch.error();
   return launch.failed() ? cudaErrorLaunchFailure : cudaSuccess;

@@ -12,11 +12,12 @@ constexpr int kPatience = 8;  // polls in vain, of every block, before it is a d
 
 }  // namespace
 
-Launch::Launch(const Settings& settings_, unsigned blocks_, unsigned threads_, int residents,
-               void (*body_)(void*), void* arguments_)
+Launch::Launch(const Settings& settings_, unsigned blocks_, unsigned threads_,
+               std::size_t dynamic_shared_, int residents, void (*body_)(void*), void* arguments_)
     : settings(settings_),
       blocks(blocks_),
       threads(threads_),
+      dynamic_shared(dynamic_shared_),
       body(body_),
       arguments(arguments_),
       residents_(static_cast<std::size_t>(residents)),

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <random>
@@ -28,12 +29,13 @@ class Launch {
  public:
   // A resident is an OS thread that runs one block after another; in all orders but kParallel only
   // the one whose turn it is does.
-  Launch(const Settings& settings, unsigned blocks, unsigned threads, int residents,
-         void (*body)(void*), void* arguments);
+  Launch(const Settings& settings, unsigned blocks, unsigned threads, std::size_t dynamic_shared,
+         int residents, void (*body)(void*), void* arguments);
 
   const Settings settings;
   const unsigned blocks;
   const unsigned threads;
+  const std::size_t dynamic_shared;  // bytes
   void (*const body)(void*);
   void* const arguments;
 

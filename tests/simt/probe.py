@@ -40,7 +40,7 @@ SCHEDULES = [
 ]
 
 # Problem, SMs, choice: one block a slab, teams with several slabs each, several rounds, stripes
-# that end beyond C.
+# that end beyond C, the same with the next slab on its way.
 CASES = [
     (Problem(3, 5, 49), 4, {}),
     (Problem(6, 7, 200), 2, {"threads": 64, "team": 3}),
@@ -48,6 +48,8 @@ CASES = [
     (Problem(9, 65, 49, Layout.LAST), 2, {"columns": 8, "threads": 64, "team": 2}),
     (Problem(9, 128, 49, Layout.LAST), 2, {"columns": 16, "threads": 64, "team": 4}),
     (Problem(2, 40, 16), 1, {}),
+    (Problem(6, 7, 200), 2, {"threads": 64, "team": 3, "prefetch": 1}),
+    (Problem(5, 65, 49, Layout.LAST), 2, {"columns": 8, "threads": 64, "team": 2, "prefetch": 1}),
 ]
 
 
@@ -163,6 +165,7 @@ def main() -> None:
         if choice:
             made = {"columns": plan.columns, "threads": plan.threads, "team": plan.team, **choice}
             plan = emulator.cut(problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made)
+            assert plan.prefetch == choice.get("prefetch", 0)
         first = None
         for emulator.schedule in schedules:
             try:

@@ -2,6 +2,7 @@
 // them by number.
 #include "scheduler.h"
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 namespace {
@@ -74,6 +75,45 @@ __global__ void takes_tickets(unsigned* out) {
   }
 }
 
+__device__ unsigned* buffer() { return static_cast<unsigned*>(::simt::dynamic_shared()); }
+
+__global__ void copies(unsigned* out) {
+  __pipeline_memcpy_async(buffer() + threadIdx.x, out + 63, 4);
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  if (threadIdx.x == 5) out[blockIdx.x] = buffer()[5] + 64;
+}
+
+__global__ void reads_an_early_copy(unsigned* out) {
+  buffer()[threadIdx.x] = 0;
+  __pipeline_memcpy_async(buffer() + threadIdx.x, out + 63, 4);
+  if (threadIdx.x == 5) out[blockIdx.x] = buffer()[5];
+  __pipeline_wait_prior(0);
+}
+
+__global__ void ends_before_its_copy(unsigned* out) {
+  if (threadIdx.x == 5) __pipeline_memcpy_async(buffer(), out, 4);
+}
+
+__global__ void overwrites_what_it_copies(unsigned* out) {
+  if (threadIdx.x == 5) {
+    __pipeline_memcpy_async(buffer(), out + 63, 4);
+    ++out[63];
+    __pipeline_wait_prior(0);
+  }
+}
+
+__global__ void copies_twice_to_one_place(unsigned* out) {
+  __pipeline_memcpy_async(buffer() + threadIdx.x / 2 * 2, out + 62, 8);
+  __syncthreads();
+  __pipeline_wait_prior(0);
+}
+
+__global__ void copies_beyond_its_memory(unsigned* out) {
+  __pipeline_memcpy_async(buffer() + 1 + threadIdx.x, out + 63, 4);
+  __pipeline_wait_prior(0);
+}
+
 void (*const kKernels[])(unsigned*) = {
     obeys,
     reads_shared_memory_that_nobody_wrote,
@@ -85,6 +125,12 @@ void (*const kKernels[])(unsigned*) = {
     waits_for_ever,
     waits_for_the_others,
     takes_tickets,
+    copies,
+    reads_an_early_copy,
+    ends_before_its_copy,
+    overwrites_what_it_copies,
+    copies_twice_to_one_place,
+    copies_beyond_its_memory,
 };
 
 }  // namespace
@@ -100,8 +146,11 @@ int rules_run(int kernel, unsigned blocks, int cooperative, int order, unsigned 
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(64);
+  config.dynamicSmemBytes = 64 * sizeof(unsigned);
   config.attrs = &attribute;
   config.numAttrs = 1;
+  cudaFuncSetAttribute(kKernels[kernel], cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(config.dynamicSmemBytes));
   return cudaLaunchKernelEx(&config, kKernels[kernel], out);
 }
 

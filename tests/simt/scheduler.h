@@ -62,8 +62,26 @@ inline void check_access(Site site, const void* p, std::size_t alignment) {
   if (reinterpret_cast<std::uintptr_t>(p) % alignment != 0) fail(site, "misaligned access");
 }
 
+// The block's dynamic shared memory.
+void* dynamic_shared();
+
+// An asynchronous copy into it, of `size` bytes, is recorded when it is issued and lands when the
+// thread that issued it waits: what lies between sees neither the old bytes there nor the new ones.
+// The caller moves the bytes, so that a sanitizer sees whose accesses they are.
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t size;
+};
+void issue_copy(Site site, const Copy& copy);
+bool next_landing(Site site, Copy& copy);  // false: none is left to land
+
+// Lets a kernel have this much dynamic shared memory, from now on.
+void allow_dynamic_shared(const void* kernel, std::size_t bytes);
+std::size_t dynamic_shared_allowed(const void* kernel);
+
 // Runs body(arguments) once for each thread of the grid. A cudaError_t.
-int run_grid(unsigned blocks, unsigned threads, bool cooperative, void (*body)(void*),
-             void* arguments);
+int run_grid(unsigned blocks, unsigned threads, std::size_t dynamic_shared, bool cooperative,
+             void (*body)(void*), void* arguments);
 
 }  // namespace simt

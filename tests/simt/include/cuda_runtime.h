@@ -215,7 +215,16 @@ enum cudaFuncAttribute {
 };
 
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    ::simt::allow_dynamic_shared(reinterpret_cast<const void*>(kernel),
+                                 static_cast<std::size_t>(value));
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
   return cudaSuccess;
 }
 
@@ -236,8 +245,13 @@ template <typename... Expected, typename... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
                                Actual&&... actual) {
   if (config->gridDim.y != 1 || config->gridDim.z != 1 || config->blockDim.y != 1 ||
-      config->blockDim.z != 1 || config->dynamicSmemBytes != 0) {
+      config->blockDim.z != 1) {
     return cudaErrorInvalidConfiguration;
+  }
+  // A GPU allows every kernel 48 KB, static arrays included, without being asked.
+  if (config->dynamicSmemBytes >
+      ::simt::dynamic_shared_allowed(reinterpret_cast<const void*>(kernel))) {
+    return cudaErrorInvalidValue;
   }
   bool cooperative = false;
   for (unsigned k = 0; k < config->numAttrs; ++k) {
@@ -247,7 +261,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   auto call = std::make_tuple(kernel, static_cast<Expected>(std::forward<Actual>(actual))...);
   using Call = decltype(call);
   return static_cast<cudaError_t>(::simt::run_grid(
-      config->gridDim.x, config->blockDim.x, cooperative,
+      config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, cooperative,
       [](void* p) {
         std::apply([](auto fn, auto... arguments) { fn(arguments...); }, *static_cast<Call*>(p));
       },
