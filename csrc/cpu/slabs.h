@@ -80,10 +80,14 @@ inline std::int64_t slab_width(const Problem& p) {
   }
   // Whole rows: pieces of rows that are a power of two apart meet in a few sets of the caches (64
   // bytes of 6,272 rows of 1,024 floats: 21 ms forward; whole rows: 3.5 ms). But a matrix with too
-  // few rows to share out is cut into columns, a page wide, which is where that ends.
+  // few rows to share out is cut into columns, four times if that leaves a kilobyte of each row,
+  // and a page at the most.
   constexpr std::int64_t kPage = 4096;
   constexpr std::int64_t kFewRows = 128;
-  return p.reduced() > kFewRows ? p.channels : std::min(p.channels, kPage / size_of(p.dtype));
+  if (p.reduced() > kFewRows) return p.channels;
+  const std::int64_t row = p.channels * size_of(p.dtype);
+  const std::int64_t quarter = ceil_div(row, 4 * 64) * 64;
+  return std::min(p.channels, std::clamp(quarter, kPage / 4, kPage) / size_of(p.dtype));
 }
 
 inline Slabs cut(const Problem& p) {
