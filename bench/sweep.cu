@@ -258,6 +258,7 @@ void compare_prefetch(const Device& device, const Memory& m, cudaStream_t stream
   plain.capability = 0;
   double log_gain[2] = {};  // of plans that the planner does not, and does, let prefetch
   int plans[2] = {};
+  int refused = 0;  // not all blocks resident at once, though the planner counts on it
   std::printf("\nprefetch: us of the planner's plan with and without it, and planned without it\n");
   constexpr int kMaps[][2] = {{64, 112}, {64, 56},   {256, 56}, {128, 28}, {512, 28},
                               {256, 14}, {1024, 14}, {512, 7},  {2048, 7}};
@@ -278,6 +279,7 @@ void compare_prefetch(const Device& device, const Memory& m, cudaStream_t stream
             const double on = time_plan(p, with, pass, m, stream);
             const double off = time_plan(p, without, pass, m, stream);
             const double other = time_plan(p, planned(plain), pass, m, stream);
+            refused += on <= 0 && off > 0;
             if (on <= 0 || off <= 0) continue;
             log_gain[chosen] += std::log(off / on);
             ++plans[chosen];
@@ -300,6 +302,7 @@ void compare_prefetch(const Device& device, const Memory& m, cudaStream_t stream
                 std::exp(log_gain[chosen] / plans[chosen]), plans[chosen],
                 chosen ? "lets prefetch" : "does not let prefetch");
   }
+  if (refused > 0) std::printf("prefetch: %d plans did not fit with it, but without\n", refused);
   std::fflush(stdout);
 }
 

@@ -1,5 +1,6 @@
 """What only a GPU can show of the CUDA binding: launches, streams, graphs, devices."""
 
+import json
 import subprocess
 import sys
 
@@ -81,6 +82,32 @@ def test_one_kernel_each_way_and_nothing_else(shape):
     names = [e.name for e in sorted(on_gpu, key=lambda e: e.time_range.start)]
     assert len(names) == 2, names
     assert "forward" in names[0] and "backward" in names[1]
+
+
+def test_what_is_planned_to_prefetch_does(tmp_path):
+    """A launch that is refused falls back to a plan without it, and is as right."""
+    layer = Layer(AHEAD)
+    device = torch.cuda.get_device_properties(0)
+    plans = [
+        _C.plan(
+            pass_, 64, 256, 14 * 14, sm_count=device.multi_processor_count,
+            l2_bytes=device.L2_cache_size, capability=10 * device.major + device.minor,
+            shared_bytes=device.shared_memory_per_multiprocessor,
+        )
+        for pass_ in ("forward", "backward")
+    ]  # fmt: skip
+    layer.step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        layer.step()
+        torch.cuda.synchronize()
+    trace = tmp_path / "trace.json"
+    profile.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    kernels = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])
+    prefetched = [k["args"]["shared memory"] >= _C.PREFETCH_BYTES for k in kernels]
+    assert prefetched == [bool(plan.prefetch) for plan in plans]
 
 
 @each_kind

@@ -27,7 +27,8 @@ Tensor new_bytes(const Tensor& x, std::int64_t bytes) {
 }
 
 void check_launch(cudaError_t error, const char* pass) {
-  if (error == cudaErrorNoKernelImageForDevice) {
+  // Either, depending on whether a launch or cudaFuncSetAttribute meets it first.
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     cudaGetLastError();
     require(false, "batchrenorm_cuda: no ", pass,
             " kernel was built for this GPU. Build again with TORCH_CUDA_ARCH_LIST set to its "

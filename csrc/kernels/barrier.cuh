@@ -66,21 +66,41 @@ __device__ __forceinline__ unsigned* barrier_line(const Workspace& w, int team) 
   return w.control + kLineWords * (1 + team);
 }
 
-// True for the last block of the grid to ask. The count wraps to zero with it. Called by one thread
-// of each block, once, behind a block barrier that follows whatever the last block relies on.
-__device__ __forceinline__ bool take_ticket(const Workspace& w) {
+// What a block has done before it asks for its ticket: read what the last one overwrites, or
+// written what the last one reads.
+enum class Ticket { kHasRead, kHasWritten };
+
+// How many blocks of the grid asked before, for is_last(). The count wraps to zero with the last.
+// Called by one thread of each block, once, behind a block barrier that follows whatever the last
+// block relies on.
+//
+// With kHasRead nothing waits: a release would, for all that the thread has under way, and an
+// acquire for the answer, a way to L2 and back. Neither is needed. What was read has been used
+// before the block barrier, so no later write can reach it, and the last block's write hangs on the
+// answer.
+template <Ticket kTicket>
+__device__ __forceinline__ unsigned take_ticket(const Workspace& w) {
   const unsigned last = gridDim.x - 1;
 #if defined(__CUDACC__)
   unsigned old;
-  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(ticket_word(w)), "r"(last)
-               : "memory");
-  return old == last;
+  if constexpr (kTicket == Ticket::kHasRead) {
+    asm volatile("atom.inc.relaxed.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(ticket_word(w)), "r"(last)
+                 : "memory");
+  } else {
+    asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(ticket_word(w)), "r"(last)
+                 : "memory");
+  }
+  return old;
 #else
-  return atomicInc(ticket_word(w), last) == last;
+  return atomicInc(ticket_word(w), last);
 #endif
 }
+
+__device__ __forceinline__ bool is_last(unsigned ticket) { return ticket == gridDim.x - 1; }
 
 // One set of partial results, [team][channels of the slab]. Two sets a team, used in turn: a fast
 // block may already publish its part of the next slab while a slow one still reads this one.

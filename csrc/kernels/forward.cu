@@ -71,7 +71,7 @@ __device__ __forceinline__ void commit_if_finite(const ForwardParams& params, co
                                                  const Plan& plan, const Workspace& workspace) {
   __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) last = take_ticket(workspace);
+  if (threadIdx.x == 0) last = is_last(take_ticket<Ticket::kHasWritten>(workspace));
   __syncthreads();
   if (!last) return;
   const bool finite = __ldcg(nonfinite_word(workspace)) == 0;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   const int thread = static_cast<int>(threadIdx.x);
   const int channels = plan.columns * kChannels;
   const bool counts = params.num_batches_tracked && !params.skip_nonfinite;
-  bool counts_last = false;
+  unsigned ticket = 0;  // of its first thread; compared in the end, since that waits for it
   if (thread == 0) step = step_of<Real>(params);
 
   int parity = 0;
@@ -149,11 +149,17 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     }
 
     Moments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
-    // The block has read the counter. The answer is not needed before the end, so nobody waits for
-    // it.
-    if (counts && slab == walk.team() && thread == 0) counts_last = take_ticket(workspace);
-    if (plan.team > 1) {
+    // The block has read the counter. Behind the arrival at the team's barrier, whose release would
+    // wait for an atomic before it.
+    const auto ask_once = [&] {
+      if (counts && slab == walk.team() && thread == 0)
+        ticket = take_ticket<Ticket::kHasRead>(workspace);
+    };
+    if (plan.team == 1) {
+      ask_once();
+    } else {
       const auto fetch_next = [&] {
+        ask_once();
         const T* tensor = static_cast<const T*>(params.x);
         if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
       };
@@ -201,7 +207,8 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     }
   }
 
-  if (counts_last) *params.num_batches_tracked = step_count(params) + 1;
+  if (counts && thread == 0 && is_last(ticket))
+    *params.num_batches_tracked = step_count(params) + 1;
   if (params.skip_nonfinite) commit_if_finite<Real>(params, p, plan, workspace);
 }
 

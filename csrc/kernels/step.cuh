@@ -23,9 +23,13 @@ __device__ __forceinline__ std::int64_t step_count(const StepParams& params) {
 
 template <typename Real>
 __device__ __forceinline__ Step<Real> step_of(const StepParams& params) {
+  // Before the counter, so that both are on their way at once: a block's first loads wait for this.
+  const double* s = params.running_mean ? params.schedule : nullptr;
+  Schedule schedule{};
+  if (s) schedule = {s[0], s[1], s[2], s[3], s[4]};
   const std::int64_t count = step_count(params);
   const Real momentum = averaging_weight<Real>(params.momentum, count);
-  return {limits_of<Real>(params, count), momentum};
+  return {s ? limits_at<Real>(schedule, count) : limits_of<Real>(params, count), momentum};
 }
 
 template <typename Real>
