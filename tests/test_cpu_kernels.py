@@ -211,6 +211,18 @@ def test_nothing_cancels_in_the_moments(dtype, move, form):
         assert ((pivot + offset - mean).abs() <= 4 * eps * (std + offset.abs())).all(), shape
 
 
+@pytest.mark.parametrize("shape", [(19006, 2, 15), (10000, 3, 7), (4450, 2, 33), (22332, 2, 12)])
+def test_a_part_may_begin_with_less_than_a_vector_of_a_plane(shape):
+    """Lanes that its first run leaves out deviate from an element as well, not from 0. Otherwise a
+    constant channel of 1e6 has a negative variance, and y is NaN."""
+    torch.manual_seed(0)
+    for x in torch.full(shape, 1e6), torch.full(shape, 3e8), 1e4 + torch.randn(shape):
+        _, stats = ops.forward(x, *[None] * 6, 0.1, 1e-5, 1.0, 0.0, False)
+        variance = x.double().var((0, 2), correction=0)
+        error = stats[2].double() * (variance + 1e-5).sqrt() - 1
+        assert error.abs().max() <= 16 * torch.finfo(torch.float32).eps
+
+
 @BOTH_LAYOUTS
 def test_sums_of_many_values_are_as_good_as_those_of_batch_norm(form):
     t = tensors.make(Case("many", (32, 4, 112, 112), "", form=form, mean=100.0), torch.float32, CPU)

@@ -32,14 +32,27 @@ BRN_LANES void for_each_run(const Part& part, std::int64_t w, std::int64_t begin
   }
 }
 
-// The first vector of the slab's w-th channel, filled up with zeros if its first run is shorter.
+// For each lane, the first element that the slab's w-th channel brings there: a first run that is
+// shorter than a vector leaves lanes to the run after it. 0 where no element comes.
 template <typename T>
 BRN_LANES Lanes<T> first_vector(const Part& part, std::int64_t w, const T* x) {
+  constexpr std::int64_t kStep = kLanes<T>;
   const std::int64_t plane_left = part.plane - part.begin % part.plane;
   const std::int64_t left = part.end - part.begin;
   const std::int64_t length = plane_left < left ? plane_left : left;
   const T* first = x + element_at(part, w, part.begin);
-  return length >= kLanes<T> ? load(first) : load_first(first, length);
+  if (length >= kStep) return load(first);
+  T buffer[kStep] = {};
+  const std::int64_t more = left - length < part.plane ? left - length : part.plane;
+  const T* second = more > 0 ? x + element_at(part, w, part.begin + length) : first;
+  for (std::int64_t k = 0; k < kStep; ++k) {
+    if (k < length) {
+      buffer[k] = first[k];
+    } else if (k < more) {
+      buffer[k] = second[k];
+    }
+  }
+  return load(buffer);
 }
 
 // What comes next lies apart from what is at hand, and prefetchers do not see it coming. Of planes
