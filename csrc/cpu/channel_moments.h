@@ -74,33 +74,35 @@ struct ChannelMoments {
   }
 };
 
+// Of a channel of few vectors, in two sweeps: the second one finds them in the L1.
 template <typename T>
-BRN_LANES LaneSums<T> brief_deviations(const Part& part, std::int64_t w, const T* x,
-                                       Lanes<T> pivot) {
-  return brief_sums<T>(
+BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, std::int64_t w,
+                                                            const T* x, Lanes<T> pivot) {
+  using Real = RealOf<T>;
+  const Real count = static_cast<Real>(part.end - part.begin);
+  const LaneSums<T> shifted = brief_sums<T>(
+      part, w,
+      [&](std::int64_t at, auto mask)
+          BRN_INLINED { return LaneSums<T>{mask(load(x + at) - pivot), {}}; },
+      [&](std::int64_t plane) BRN_INLINED { fetch_plane(part, x + plane); });
+  const Real mean = sum_across(shifted.values) / count;
+  const Lanes<T> means = Lanes<T>::of(mean);
+  const LaneSums<T> deviations = brief_sums<T>(
       part, w,
       [&](std::int64_t at, auto mask) BRN_INLINED {
-        const Lanes<T> d = mask(load(x + at) - pivot);
+        const Lanes<T> d = mask((load(x + at) - pivot) - means);
         return LaneSums<T>::of(d, d);
       },
-      [&](std::int64_t plane) BRN_INLINED { fetch_plane(part, x + plane); });
+      [](std::int64_t) {});
+  return {count, mean, sum_across(deviations.products)};
 }
 
 template <bool kAlong, typename T>
 BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, std::int64_t w,
                                                               bool brief, const T* x,
                                                               RealOf<T> pivot) {
-  using Real = RealOf<T>;
   const Lanes<T> pivots = Lanes<T>::of(pivot);
-  const Real count = static_cast<Real>(part.end - part.begin);
-  if (brief) {
-    const LaneSums<T> sums = brief_deviations(part, w, x, pivots);
-    const Real sum = sum_across(sums.values);
-    const Real squares = sum_across(sums.products);
-    const Real mean = sum / count;
-    const Real m2 = squares - sum * mean;
-    if (8 * m2 >= squares) return {count, mean, m2};  // else too much of it was cancelled
-  }
+  if (brief) return brief_moments(part, w, x, pivots);
   ChannelMoments<T> moments(pivots, first_vector(part, w, x));
   const auto add = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     fetch_plane(part, x + at + part.plane);
@@ -108,7 +110,7 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, 
   };
   for_each_run(part, w, part.begin, part.end, add);
   if (moments.chains.vectors > 0) moments.close();
-  return moments.across(count);
+  return moments.across(static_cast<RealOf<T>>(part.end - part.begin));
 }
 
 }  // namespace
