@@ -69,15 +69,20 @@ def test_the_shapes_are_what_they_are_for():
         assert all(_C.plan(p, 64, 256, 14 * 14).prefetch for p in ("forward", "backward"))
 
 
-@each_kind
-def test_one_kernel_each_way_and_nothing_else(shape):
-    layer = Layer(shape)
+def profile_of_a_step(layer):
+    """Of the second one: the first one also loads the kernels."""
     layer.step()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         layer.step()
         torch.cuda.synchronize()
+    return profile
+
+
+@each_kind
+def test_one_kernel_each_way_and_nothing_else(shape):
+    profile = profile_of_a_step(Layer(shape))
     on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     names = [e.name for e in sorted(on_gpu, key=lambda e: e.time_range.start)]
     assert len(names) == 2, names
@@ -86,7 +91,6 @@ def test_one_kernel_each_way_and_nothing_else(shape):
 
 def test_what_is_planned_to_prefetch_does(tmp_path):
     """A launch that is refused falls back to a plan without it, and is as right."""
-    layer = Layer(AHEAD)
     device = torch.cuda.get_device_properties(0)
     plans = [
         _C.plan(
@@ -96,14 +100,8 @@ def test_what_is_planned_to_prefetch_does(tmp_path):
         )
         for pass_ in ("forward", "backward")
     ]  # fmt: skip
-    layer.step()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        layer.step()
-        torch.cuda.synchronize()
     trace = tmp_path / "trace.json"
-    profile.export_chrome_trace(str(trace))
+    profile_of_a_step(Layer(AHEAD)).export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
     kernels = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])
     prefetched = [k["args"]["shared memory"] >= _C.PREFETCH_BYTES for k in kernels]

@@ -2,13 +2,11 @@
 // kRows rows of one vector.
 #pragma once
 
-#include "../core/math.h"
 #include "accumulate.h"
 #include "isa.h"
 #include "lanes.h"
 
 #include <cstdint>
-#include <cstring>
 
 namespace brn::cpu {
 namespace {
