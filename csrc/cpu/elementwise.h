@@ -12,12 +12,12 @@ template <typename Pass>
 void run_in_order(const Problem& p, const Parallel& parallel, const Pass& pass) {
   const Slabs slabs = cut_in_order(p);
   for_stretches(p, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
-    const Tables<Pass> tables(1, 0, slabs.widest());
-    const auto facts = tables.facts(0);
+    const Tables<Pass> tables(slabs.count, 0, slabs.widest());
     for (std::int64_t k = begin; k < end; ++k) {
-      const Part part = slabs.part(k / slabs.parts, k % slabs.parts);
-      if (k == begin || part.begin == 0) pass.begin(part, facts);
-      pass.write(part, facts);
+      const std::int64_t slab = k % slabs.count;
+      const Part part = slabs.part(slab, k / slabs.count);
+      if (k < begin + slabs.count) pass.begin(part, tables.facts(slab));
+      pass.write(part, tables.facts(slab));
     }
   });
 }

@@ -14,6 +14,9 @@
 
 namespace brn::cpu {
 
+// From so many planes a channel on, the next slab is fetched while one is written.
+constexpr std::int64_t kManyPlanes = 8;
+
 // A stretch [begin, end) of the positions of one slab; see slabs.h.
 struct Part {
   Layout layout;

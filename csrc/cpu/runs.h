@@ -69,6 +69,8 @@ template <typename T>
 BRN_LANES bool is_fetched_along(const Part& part) {
   return part.plane > kShortPlane<T> && part.plane <= kLongPlane<T>;
 }
+// Whether the next plane lies apart. A lone plane's neighbour does not, and prefetchers follow.
+BRN_LANES bool has_planes_apart(const Part& part) { return part.end - part.begin > part.plane; }
 // A short plane, all of it.
 template <bool kToWrite = false, typename T>
 BRN_LANES void fetch_plane(const Part& part, const T* plane) {
@@ -83,7 +85,8 @@ BRN_LANES void fetch_plane(const Part& part, const T* plane) {
 // (32, 64, 56, 56) 1.05 and 1.08; (1, 256, 56, 56) 0.92 and 0.96.
 template <typename T>
 BRN_LANES std::int64_t fetched_ahead_of_writing(const Part& part) {
-  return part.plane <= kLongPlane<T> && part.end - part.begin >= 8 * part.plane ? part.next : 0;
+  const bool many = part.end - part.begin >= kManyPlanes * part.plane;
+  return part.plane <= kLongPlane<T> && many ? part.next : 0;
 }
 
 }  // namespace
