@@ -24,9 +24,12 @@ constexpr std::int64_t kMostParts = 64;
 // Measured, here and in the other files, on two cores of an AMD EPYC with AVX-512, 1 MB of L2 a
 // core and 32 MB of L3.
 
-// Below, a second thread costs more than it saves. Forward and backward on 25,088 float32 take 59
-// us on one thread, 41 on two.
-constexpr std::int64_t kSerialElements = 16 * 1024;
+// Below, a second thread costs more than it saves, which a neighbour's rows make less. Forward and
+// backward on 25,088 float32 take 59 us on one thread, 41 on two; in kChannelsLast 94 us a training
+// step on one thread, and 92 or 137 on two, as the second is awake or not.
+constexpr std::int64_t serial_elements(Layout layout) {
+  return (layout == Layout::kChannelsFirst ? 16 : 32) * 1024;
+}
 
 // A tensor that is larger does not stay in the caches: it is written past them, which spares
 // reading what is overwritten. Forward and backward of (32, 256, 56, 56) float32, one thread, in
@@ -102,9 +105,10 @@ inline Slabs cut(const Problem& p) {
   slabs.count = p.channels / slabs.width;
   const std::int64_t bytes = slabs.width * p.reduced() * size_of(p.dtype);
   slabs.parts = std::clamp<std::int64_t>(ceil_div(bytes, kPartBytes), 1, kMostParts);
-  // The parts of a lone slab in fours, to be shared out evenly: (1, 256, 14, 14), 2 threads, 68 us
-  // with one part, 49 with four.
-  if (slabs.count == 1 && p.layout == Layout::kChannelsLast && 2 * bytes > kPartBytes) {
+  // The parts of a lone slab in fours, to be shared out evenly, if it is worth two meetings. A
+  // training step on one thread and on two: (256, 256) float32, 131 us and 118; (4, 512, 7, 7)
+  // bfloat16, which is smaller, 136 and 147.
+  if (slabs.count == 1 && p.layout == Layout::kChannelsLast && bytes >= kPartBytes) {
     slabs.parts = ceil_div(slabs.parts, 4) * 4;
   }
   // Positions, so that parts are made of whole lines or tiles.
@@ -130,7 +134,7 @@ inline Slabs cut_in_order(const Problem& p) {
 template <typename F>
 void for_stretches(const Problem& p, const Parallel& parallel, std::int64_t count, const F& f) {
   if (parallel.run == nullptr || parallel.threads <= 1 || count <= 1 ||
-      p.elements() < kSerialElements) {
+      p.elements() < serial_elements(p.layout)) {
     return f(std::int64_t{0}, count);
   }
   const auto body = [](std::int64_t begin, std::int64_t end, void* context) {
