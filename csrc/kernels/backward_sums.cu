@@ -88,9 +88,9 @@ int launch_backward_sums(const Problem& p, const Plan& plan, const BackwardSumsP
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
     static Allowed allowed;
-    return launch_prefetching(allowed,
-                              backward_sums_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan,
-                              stream, p, plan, stride(p, plan), params, workspace);
+    return launch_meeting(allowed, plan.prefetch * kPrefetchBytes,
+                          backward_sums_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan,
+                          stream, p, plan, stride(p, plan), params, workspace);
   });
 }
 
