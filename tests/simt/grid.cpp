@@ -119,6 +119,7 @@ class Worker {
   // Each begins with a page that cannot be touched, so that an overflow ends the process.
   void reserve_stacks(unsigned threads) {
     if (threads <= stack_count_) return;
+    forget_stacks();  // whatever comes to lie there next is not theirs
     if (stacks_ != nullptr) munmap(stacks_, stack_count_ * kStack);
     void* memory = mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
