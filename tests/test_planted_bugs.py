@@ -247,7 +247,7 @@ BUGS = [
     ),
     Bug(
         "copies of another team's slab",
-        "kernels/backward.cu",
+        "kernels/sums.cuh",
         "if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams,",
         "if (plan.prefetch) Next::fetch(p, plan, slab + 1,",
         kernel="backward",
