@@ -230,6 +230,7 @@ class Emulator:
         self.library = ctypes.CDLL(str(path))
         self.library.simt_last_error.restype = ctypes.c_char_p
         self.library.simt_estimate.restype = ctypes.c_double
+        self.library.simt_last_dynamic_shared.restype = ctypes.c_int64
         self.library.simt_guard.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self.sm_count = 4
         self.blocks_per_sm = 0  # 0: what the kernels promise
@@ -253,6 +254,10 @@ class Emulator:
 
     def estimate(self, which: Pass, problem: Problem, plan: Plan, sm_count: int) -> float:
         return self.library.simt_estimate(int(which), problem.fields(), sm_count, plan.fields())
+
+    def last_dynamic_shared(self) -> int:
+        """Bytes of dynamic shared memory that a block of the last launch had."""
+        return self.library.simt_last_dynamic_shared()
 
     def workspace_bytes(self, problem: Problem, plan: Plan) -> tuple[int, int, int]:
         """Of control words, partial results and proposals."""

@@ -82,6 +82,10 @@ void simt_select_blocks(unsigned first, unsigned count) { simt::select_blocks(fi
 
 const char* simt_last_error() { return simt::last_error(); }
 
+std::int64_t simt_last_dynamic_shared() {
+  return static_cast<std::int64_t>(simt::last_dynamic_shared());
+}
+
 void simt_plan(int pass, const std::int64_t* problem, int sm_count, std::int64_t* plan) {
   const Problem p = problem_of(problem);
   const Device device{sm_count};

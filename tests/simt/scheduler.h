@@ -32,6 +32,9 @@ void select_blocks(unsigned first, unsigned count);
 // Why the last launch on this OS thread failed; empty if it did not.
 const char* last_error();
 
+// Bytes of dynamic shared memory that a block of the last launch had.
+std::size_t last_dynamic_shared();
+
 // Where in the source a thread stands.
 struct Site {
   const char* file;
