@@ -208,10 +208,12 @@ std::vector<Plan> candidates(const Problem& p, const Device& device, Pass pass) 
     plan.threads = brn::kMaxThreads;
     const std::int64_t total = brn::positions(p, slot_bytes);
     const std::int64_t fills = brn::ceil_div(total, plan.positions_per_round());
+    const std::int64_t retains =
+        brn::ceil_div(fills, 1 + brn::most_retained(p, device, plan, pass));
     for (const std::int64_t team :
          {std::int64_t{2}, std::int64_t{4}, std::int64_t{8}, std::int64_t{16}, resident / 16,
           resident / 12, resident / 8, resident / 6, resident / 4, resident / 3, resident / 2,
-          resident, fills / 2, fills, fills * 2}) {
+          resident, fills / 2, fills, fills * 2, retains}) {
       if (team < 2 || team > resident || team > brn::ceil_div(total, plan.positions_per_pass())) {
         continue;
       }
