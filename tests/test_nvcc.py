@@ -167,9 +167,9 @@ def test_kernel_fits_its_registers(logs, architecture: str, kernel: str):
     for r in found:
         # Registers are handed out to a warp in units of 256, 8 a lane.
         registers = -(-r.registers // 8) * 8 * THREADS
-        assert r.blocks_per_sm * registers <= REGISTERS, (
-            f"the planner counts on more blocks an SM: {r}"
-        )
+        # Two-byte loads need more blocks than the planner counts on.
+        blocks = 4 if (kernel, r.slot_bytes) == ("forward", 2) else r.blocks_per_sm
+        assert blocks * registers <= REGISTERS, f"fewer blocks an SM than wanted: {r}"
         assert r.blocks_per_sm * (r.shared + 1024) <= SHARED_MEMORY[architecture], (
             f"too much shared memory: {r}"
         )

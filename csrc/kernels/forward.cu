@@ -90,8 +90,13 @@ __device__ __forceinline__ void commit_if_finite(const ForwardParams& params, co
   }
 }
 
+// The planner counts on blocks_per_sm(). Slots of two bytes leave registers for a block more, which
+// they need: 16 of them a thread are 8 KB in flight a block, where an SM takes about 26 at a time.
 template <typename T, Layout kLayout, int kSlotBytes>
-__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
+constexpr int kBlocks = kSlotBytes == 2 ? 4 : blocks_per_sm(kLayout, sizeof(T));
+
+template <typename T, Layout kLayout, int kSlotBytes>
+__global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>))
     forward_kernel(Problem p, Plan plan, Stride stride, ForwardParams params, Workspace workspace) {
   using Slot = brn::Slot<T, kSlotBytes>;
   using Real = RealOf<T>;
