@@ -51,6 +51,8 @@ class Plan:
     bytes_missed: int  # of them, that L2 no longer holds
     microseconds: float
 
+    def retains(self, round: int) -> bool: ...
+
 def plan(
     pass_: Literal["forward", "backward", "inference"],
     batch: int,

@@ -92,12 +92,6 @@ def test_large_nchw_tensors_move_what_the_design_says():
     assert not beyond
 
 
-def retains(plan: _C.Plan, round_: int) -> bool:
-    """Plan::retains(): all, or full ones after the first."""
-    first = 0 if plan.retained == plan.rounds - 1 else 1
-    return first <= round_ < first + plan.retained
-
-
 def test_what_is_kept_is_what_the_kernel_does_not_load_again():
     """Against a walk through the blocks of a slab and their rounds, as in csrc/kernels."""
     several, some = 0, 0
@@ -116,8 +110,8 @@ def test_what_is_kept_is_what_the_kernel_does_not_load_again():
             held = [max(0, min(own - piece, plan.positions_per_round)) for piece in pieces]
             assert sum(held) == own
             taken = [held[-1], *held[:-1]]  # the ragged one is taken first
-            shared = [r for r in range(plan.rounds - 1) if retains(plan, r)]
-            assert len(shared) == plan.retained
+            shared = [r for r in range(plan.rounds) if plan.retains(r)]
+            assert len(shared) == plan.retained and plan.rounds - 1 not in shared
             kept += taken[-1] + sum(taken[r] for r in shared)
         assert row.kept == pytest.approx(kept / plan.positions)
         several += plan.rounds > 1 and plan.team > 1

@@ -211,7 +211,9 @@ def test_every_chip_with_asynchronous_copies_has_room_to_prefetch(which, layout,
 @each_pass
 @SETTINGS
 @given(
-    p=problems(2**30), sm_count=sm_counts, chip=st.sampled_from([*CHIPS, (90, 64 << 10), (90, 0)])
+    p=problems(2**30),
+    sm_count=sm_counts,
+    chip=st.one_of(st.sampled_from(CHIPS), st.tuples(st.just(90), st.integers(0, 228 << 10))),
 )
 def test_what_is_retained_has_room_and_is_not_read_again(which, p, sm_count, chip):
     keywords = {k: p[k] for k in ("layout", "dtype", "alignment")} | {"sm_count": sm_count}
@@ -235,6 +237,21 @@ def test_what_is_retained_has_room_and_is_not_read_again(which, p, sm_count, chi
     if got.retained < got.rounds - 1:
         more = got.shared_bytes + got.dynamic_shared_bytes // got.retained
         assert blocks_per_sm(p) * ceil_div(more + 1024, 128) * 128 > shared, "as many as fit"
+
+
+@each_team_pass
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_retained_fits_whatever_the_size_of_shared_memory(which, layout, dtype):
+    """At every size of an SM's."""
+    most = 0
+    for shared in range(0, 228 << 10, 512):
+        got = _C.plan(which, 128, 2, 49 * 1024, layout=layout, dtype=dtype, shared_bytes=shared)
+        blocks = blocks_per_sm({"layout": layout, "dtype": dtype})
+        if got.dynamic_shared_bytes:
+            assert blocks * ceil_div(got.shared_bytes + 1024, 128) * 128 <= shared
+        most = max(most, got.retained)
+    assert most >= 1
 
 
 @each_pass

@@ -163,6 +163,9 @@ void define(py::module_& m) {
           "dynamic_shared_bytes",
           [](const LaunchPlan& l) { return dynamic_shared_bytes(l.plan, l.pass); },
           "Those of them that depend on the plan: what is prefetched or retained.")
+      .def(
+          "retains", [](const LaunchPlan& l, int round) { return l.plan.retains(round); },
+          py::arg("round"), "Whether this round before the last stays in shared memory.")
       .def_property_readonly("proposals_bytes",
                              [](const LaunchPlan& l) { return proposals_bytes(l.problem); })
       .def_property_readonly("sm_count", [](const LaunchPlan& l) { return l.device.sm_count; })
