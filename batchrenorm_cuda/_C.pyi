@@ -25,6 +25,7 @@ class Plan:
     team: int
     teams: int
     rounds: int
+    retained: int
     prefetch: int
     share: int
     slabs: int
@@ -39,15 +40,18 @@ class Plan:
     control_words: int
     partials_bytes: int
     shared_bytes: int  # of a block, at most
+    dynamic_shared_bytes: int  # of them, for what is prefetched or retained
     proposals_bytes: int
 
     sm_count: int
     resident_blocks: int
     bytes_moved: int  # every tensor of the problem once
-    bytes_reread: int  # that had to leave the registers, from L2 or memory
+    bytes_reread: int  # that were not kept, from L2 or memory
     bytes_in_flight: int  # of them, at a time
     bytes_missed: int  # of them, that L2 no longer holds
     microseconds: float
+
+    def retains(self, round: int) -> bool: ...
 
 def plan(
     pass_: Literal["forward", "backward", "inference"],

@@ -40,11 +40,12 @@ class Expectation(NamedTuple):
     slot_bytes: int  # of one memory access
     slots: int  # of a tensor, that a thread keeps in registers
     rounds: int  # fillings of the registers for one slab
+    retained: int  # of those before the last, kept in shared memory
     prefetch: int  # slabs on their way to shared memory while a team meets: 0 or 1
-    kept: float  # share of a slab that is still in registers when it is normalised
+    kept: float  # share of a slab in registers or shared memory until it is normalised
     times_read: float  # each input
     floor_bytes: int  # every tensor of the problem once
-    reread_bytes: int  # that had to leave the registers, from L2 or memory
+    reread_bytes: int  # that were not kept, from L2 or memory
     moved_bytes: int  # over the memory bus: the floor, and what is read again and not in L2
     workspace_bytes: int  # partial results and barriers of the teams
     launches: int
@@ -113,6 +114,7 @@ def expect(
         slot_bytes=plan.slot_bytes,
         slots=plan.slots,
         rounds=plan.rounds,
+        retained=plan.retained,
         prefetch=plan.prefetch,
         kept=1.0 - left,
         times_read=1.0 + left,
@@ -206,8 +208,10 @@ _LEGEND = """\
 teams     teams x blocks of a team, which shares a slab of channels and meets at a barrier
 waves     slabs that a team works through, one after the other
 slots     of a tensor that a thread keeps in registers x bytes of one memory access
+shared    of the parts that a block's registers do not hold, those kept in shared memory
 ahead     slabs on their way to shared memory while a team meets
-kept      share of a slab still in registers when it is normalised; the rest is read again
+kept      share of a slab in registers or shared memory until it is normalised; the rest is read
+          again
 read      times that each input is read, from memory or L2
 moved     bytes over the memory bus; of floor: against each tensor of the problem once
 space     workspace: partial results and barriers of the teams
@@ -224,14 +228,15 @@ def text(rows: Sequence[Expectation], device_like: str) -> str:
         f" {chip.l2 / 1e6:.0f} MB of L2; expectations, NOT measurements",
         "",
         f"{'shape':{width}} {'dtype':8} layout {'op':9} {'teams':>10} {'threads':>7} {'waves':>5}"
-        f" {'slots':>9} {'ahead':>5} {'kept':>5} {'read':>5} {'moved':>10}"
+        f" {'slots':>9} {'shared':>6} {'ahead':>5} {'kept':>5} {'read':>5} {'moved':>10}"
         f" {'of floor':>8} {'space':>9} launches {'copy us':>8} {'model us':>8}",
     ]
     for row in rows:
         lines.append(
             f"{row.shape:{width}} {row.dtype:8} {row.layout:6} {row.op:9}"
             f" {f'{row.teams} x {row.team}':>10} {row.threads:>7} {row.waves:>5}"
-            f" {f'{row.slots} x {row.slot_bytes} B':>9} {row.prefetch or '-':>5} {row.kept:>5.0%}"
+            f" {f'{row.slots} x {row.slot_bytes} B':>9} {_shared(row):>6} {row.prefetch or '-':>5}"
+            f" {row.kept:>5.0%}"
             f" {row.times_read:>5.2f} {_bytes(row.moved_bytes):>10}"
             f" {row.moved_bytes / row.floor_bytes:>8.2f}"
             f" {_bytes(row.workspace_bytes):>9} {row.launches:>8} {row.copy_us:>8.1f}"
@@ -245,6 +250,10 @@ def as_json(rows: Sequence[Expectation], device_like: str) -> str:
     chip = {"name": device_like, **chips.find(device_like)._asdict()}
     found = {"measured": False, "chip": chip, "rows": [row._asdict() for row in rows]}
     return json.dumps(found, indent=1)
+
+
+def _shared(row: Expectation) -> str:
+    return "-" if row.rounds == 1 else f"{row.retained}/{row.rounds - 1}"
 
 
 def _bytes(count: int) -> str:

@@ -125,7 +125,7 @@ if has ncu "DRAM bytes"; then
 fi
 if [ -x "$WORK/sweep" ]; then
   step "sweep of plans" 75 "$OUT/chip.log" "$WORK/sweep" 55
-  grep '^prefetch: [0-9]' "$OUT/chip.log" | tee -a "$OUT/summary.txt"
+  grep -E '^(prefetch|retention): [0-9]' "$OUT/chip.log" | tee -a "$OUT/summary.txt"
 fi
 
 if [ -f "$OUT/results.json" ]; then

@@ -2,9 +2,9 @@
 
     compute-sanitizer --tool racecheck python -m bench.small
 
-Every layout, slot width and way through the kernels: a block alone, a team, several rounds, a
-prefetch, skipped batches, inference. Results are not looked at, as the parity harness does that; a
-sanitizer is slow enough without a reference beside it."""
+Every layout, slot width and way through the kernels: a block alone, a team, several rounds, in
+shared memory or not, a prefetch, skipped batches, inference. Results are not looked at, as the
+parity harness does that; a sanitizer is slow enough without a reference beside it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ NAMES = (
     "256 x 256",
 )
 # Few channels and many values: a team shares each, and with few SMs' worth of blocks fills its
-# registers more than once. More channels than teams: on 132 SMs the next is prefetched.
+# registers more than once. More channels than teams: on 132 SMs the next is prefetched, or what
+# registers do not hold is retained in shared memory.
 TEAMS = (
     Case("a team", (4, 2, 20000), ""),
     Case("teams, channels_last", (2, 16, 60, 60), "", form="channels_last"),
     Case("several rounds", (1, 1, 9_000_000), ""),
-    Case("prefetch", (1, 256, 112, 112), ""),
-    Case("prefetch, channels_last", (2, 512, 64, 64), "", form="channels_last"),
+    Case("prefetch", (2, 128, 112, 112), ""),
+    Case("prefetch, channels_last", (2, 256, 64, 64), "", form="channels_last"),
+    Case("retained", (256, 8, 7, 7), ""),
+    Case("retained, channels_last", (2, 512, 64, 64), "", form="channels_last"),
 )
 
 

@@ -4,7 +4,8 @@
 //   nvcc -O3 -std=c++17 -arch=native bench/sweep.cu csrc/kernels/{forward,backward}.cu -o sweep
 //   ./sweep [seconds]
 //
-// First what prefetching gains: a line for each problem whose plan can, with it and without it.
+// First what shared memory gains, for a prefetch or for rounds that registers do not hold: a line
+// for each problem whose plan can use it, with it and without it.
 // Then all plans, problem by problem, until the seconds are over: a line a plan, best first: us,
 // fraction of the copy roof, the planner's own estimate; the plan that the planner chooses is
 // marked.
@@ -185,8 +186,10 @@ std::vector<Plan> candidates(const Problem& p, const Device& device, Pass pass) 
   std::vector<Plan> plans{pass == Pass::kForward ? brn::plan_forward(p, device)
                                                  : brn::plan_backward(p, device)};
   const auto add = [&](Plan plan) {
-    for (plan.prefetch = 0; plan.prefetch <= 1; ++plan.prefetch) {
-      const Plan whole = brn::cut(p, device, plan);
+    for (const bool shared : {false, true}) {
+      plan.prefetch = shared;
+      plan.retained = shared ? brn::most_retained(p, device, plan, pass) : 0;
+      const Plan whole = brn::cut(p, device, pass, plan);
       if (std::find(plans.begin(), plans.end(), whole) == plans.end()) plans.push_back(whole);
     }
   };
@@ -205,10 +208,12 @@ std::vector<Plan> candidates(const Problem& p, const Device& device, Pass pass) 
     plan.threads = brn::kMaxThreads;
     const std::int64_t total = brn::positions(p, slot_bytes);
     const std::int64_t fills = brn::ceil_div(total, plan.positions_per_round());
+    const std::int64_t retains =
+        brn::ceil_div(fills, 1 + brn::most_retained(p, device, plan, pass));
     for (const std::int64_t team :
          {std::int64_t{2}, std::int64_t{4}, std::int64_t{8}, std::int64_t{16}, resident / 16,
           resident / 12, resident / 8, resident / 6, resident / 4, resident / 3, resident / 2,
-          resident, fills / 2, fills, fills * 2}) {
+          resident, fills / 2, fills, fills * 2, retains}) {
       if (team < 2 || team > resident || team > brn::ceil_div(total, plan.positions_per_pass())) {
         continue;
       }
@@ -251,15 +256,20 @@ void sweep(const Problem& p, Pass pass, const Device& device, const Memory& m, d
   }
 }
 
-// The planner's plan and its twin, which differs in nothing but the prefetch; and the plan for a
-// chip that has none, which may differ in more.
-void compare_prefetch(const Device& device, const Memory& m, cudaStream_t stream) {
+// What a plan does with shared memory.
+enum Use { kPrefetch, kRetention, kUses };
+constexpr const char* kUseNames[] = {"prefetch", "retention"};
+
+// The planner's plan with all that can be in shared memory, and its twin, which differs in nothing
+// but that it leaves it idle; and the plan for a chip that has none, which may differ in more.
+void compare_shared_memory(const Device& device, const Memory& m, cudaStream_t stream) {
   Device plain = device;
-  plain.capability = 0;
-  double log_gain[2] = {};  // of plans that the planner does not, and does, let prefetch
-  int plans[2] = {};
-  int refused = 0;  // not all blocks resident at once, though the planner counts on it
-  std::printf("\nprefetch: us of the planner's plan with and without it, and planned without it\n");
+  plain.shared_bytes = 0;
+  double log_gain[kUses][2] = {};  // of plans that the planner does not, and does, let have it
+  int plans[kUses][2] = {};
+  int refused[kUses] = {};  // not all blocks resident at once, though the planner counts on it
+  std::printf(
+      "\nshared memory: us of the planner's plan with and without it, planned without it\n");
   constexpr int kMaps[][2] = {{64, 112}, {64, 56},   {256, 56}, {128, 28}, {512, 28},
                               {256, 14}, {1024, 14}, {512, 7},  {2048, 7}};
   for (const int batch : {32, 256}) {
@@ -272,37 +282,42 @@ void compare_prefetch(const Device& device, const Memory& m, cudaStream_t stream
               return pass == Pass::kForward ? brn::plan_forward(p, d) : brn::plan_backward(p, d);
             };
             Plan with = planned(device), without = with;
-            const bool chosen = with.prefetch != 0;
+            const bool chosen = with.prefetch != 0 || with.retained != 0;
             with.prefetch = brn::can_prefetch(p, device, with);
-            without.prefetch = 0;
+            without.prefetch = without.retained = 0;
             if (with == without) continue;
+            const Use use = with.prefetch ? kPrefetch : kRetention;
             const double on = time_plan(p, with, pass, m, stream);
             const double off = time_plan(p, without, pass, m, stream);
             const double other = time_plan(p, planned(plain), pass, m, stream);
-            refused += on <= 0 && off > 0;
+            refused[use] += on <= 0 && off > 0;
             if (on <= 0 || off <= 0) continue;
-            log_gain[chosen] += std::log(off / on);
-            ++plans[chosen];
+            log_gain[use][chosen] += std::log(off / on);
+            ++plans[use][chosen];
             std::printf(
-                "%s %s %dx%dx%d %d-byte: with %.1f (model %.1f)%s, without %.1f (%.1f), "
+                "%s %s %dx%dx%d %d-byte, %s: with %.1f (model %.1f)%s, without %.1f (%.1f), "
                 "planned without %.1f (%.1f)\n",
                 pass == Pass::kForward ? "forward " : "backward",
                 layout == Layout::kChannelsFirst ? "nchw" : "nhwc", batch, channels, side,
-                brn::size_of(dtype), on, brn::estimate(p, with, device, pass), chosen ? " *" : "",
-                off, brn::estimate(p, without, device, pass), other,
+                brn::size_of(dtype), kUseNames[use], on, brn::estimate(p, with, device, pass),
+                chosen ? " *" : "", off, brn::estimate(p, without, device, pass), other,
                 brn::estimate(p, planned(plain), plain, pass));
           }
         }
       }
     }
   }
-  for (const bool chosen : {true, false}) {
-    if (plans[chosen] == 0) continue;
-    std::printf("prefetch: %.3f times as fast, geometric mean of %d plans that the planner %s\n",
-                std::exp(log_gain[chosen] / plans[chosen]), plans[chosen],
-                chosen ? "lets prefetch" : "does not let prefetch");
+  for (const Use use : {kPrefetch, kRetention}) {
+    const char* name = kUseNames[use];
+    for (const bool chosen : {true, false}) {
+      if (plans[use][chosen] == 0) continue;
+      std::printf("%s: %.3f times as fast, geometric mean of %d plans that the planner %s it\n",
+                  name, std::exp(log_gain[use][chosen] / plans[use][chosen]), plans[use][chosen],
+                  chosen ? "gives" : "does not give");
+    }
+    if (refused[use] > 0)
+      std::printf("%s: %d plans did not fit with it, but without\n", name, refused[use]);
   }
-  if (refused > 0) std::printf("prefetch: %d plans did not fit with it, but without\n", refused);
   std::fflush(stdout);
 }
 
@@ -322,7 +337,7 @@ int main(int argc, char** argv) {
   const double roof = copy_roof(memory, stream);
   std::printf("%s, %d SMs, copy %.0f GB/s; * is the planner's choice\n", chip.name, device.sm_count,
               roof / 1e3);
-  compare_prefetch(device, memory, stream);
+  compare_shared_memory(device, memory, stream);
 
   struct Shape {
     std::int64_t batch, channels, side;

@@ -86,6 +86,13 @@ def ahead(why: str, team: int = 2, threads: int = 64, columns: int = 1, **geomet
     return Case(f"prefetch: {why}", choice=choice, **geometry)
 
 
+def retaining(why: str, retained: int, threads: int = 64, **geometry) -> Case:
+    """A plan of several rounds, of which as many before the last stay in shared memory, or all if
+    it has not so many or they are wide."""
+    choice = {"threads": threads, "team": 2, "columns": 1} | geometry.pop("choice", {})
+    return Case(f"retain: {why}", choice={**choice, "retained": retained}, **geometry)
+
+
 CASES = [
     Case("one value a channel", n=1, c=3, s=1),
     Case("two values a channel", n=2, c=3, s=1),
@@ -230,6 +237,33 @@ CASES = [
         std=1.0,
         choice={"team": 3},
     ),
+    retaining("all rounds", 99, n=12, c=5, s=1000, sms=2),
+    retaining("all but the ragged one", 1, n=12, c=5, s=1000, sms=2),
+    retaining("one of many", 1, n=20, c=3, s=1000, sms=1, choice={"team": 1}),
+    retaining("all rounds of a block alone", 99, n=9, c=7, s=1000, sms=1, choice={"team": 1}),
+    retaining("first round nearly empty", 99, n=1, c=4, s=8448, sms=2),
+    retaining("last block has one round less", 1, n=1, c=3, s=12292, sms=2),
+    retaining("last block has one round less, all kept", 99, n=1, c=3, s=12292, sms=2),
+    retaining("odd planes", 2, n=90, c=3, s=49, sms=1),
+    retaining("7x7 planes, all kept", 99, n=90, c=3, s=49, sms=1),
+    retaining("4-byte slots", 99, n=140, c=3, s=66, sms=1, alignment=4),
+    retaining("8-byte slots", 2, n=140, c=3, s=68, sms=1, alignment=8),
+    retaining("whole blocks", 1, n=9, c=3, s=6000, sms=2, threads=256),
+    retaining("rows: all rounds", 99, n=40, c=40, s=49, layout=LAST, sms=2, choice={"columns": 4}),
+    retaining("rows: one of many", 1, n=40, c=40, s=49, layout=LAST, sms=2, choice={"columns": 8}),
+    retaining(
+        "rows: last stripe partly beyond C",
+        99,
+        n=20,
+        c=65,
+        s=49,
+        layout=LAST,
+        sms=2,
+        choice={"columns": 8},
+    ),
+    retaining(
+        "rows: a block alone", 2, n=20, c=24, s=49, layout=LAST, choice={"columns": 4, "team": 1}
+    ),
     ahead("one slab more than teams", n=6, c=4, s=64, sms=2, team=2),
     ahead("many slabs", n=6, c=23, s=64, sms=2, team=2),
     ahead("ragged shares, last wave not full", n=5, c=7, s=116, sms=2, team=3),
@@ -262,7 +296,7 @@ def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str
     if problem.layout == LAST:
         channels = made["columns"] * plan.slot_bytes // ITEM_SIZE[problem.dtype]
         made["threads"] = max(made["threads"], channels)
-    return emulator.cut(problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made)
+    return emulator.cut(which, problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made)
 
 
 def blocks_per_sm(problem: Problem) -> int:
@@ -384,6 +418,8 @@ def over_schedules(emulator: Emulator, launch) -> dict[str, np.ndarray]:
 
 # ---- every geometry, every dtype, every pass ----
 
+each_team_pass = pytest.mark.parametrize("which", (Pass.FORWARD, Pass.BACKWARD))
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -492,8 +528,10 @@ def test_inference(emulator: Emulator, case: Case, dtype: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [case for case in CASES if "prefetch" in case.choice], ids=str)
-def test_a_prefetch_changes_no_bit(emulator: Emulator, case: Case, dtype: str):
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.choice.keys() & {"prefetch", "retained"}], ids=str
+)
+def test_shared_memory_changes_no_bit(emulator: Emulator, case: Case, dtype: str):
     emulator.sm_count = case.sms
     problem, data = case.problem(dtype), draw(case, dtype)
     moving = {k: data[k] for k in ("running_mean", "running_std")}
@@ -514,23 +552,42 @@ def test_a_prefetch_changes_no_bit(emulator: Emulator, case: Case, dtype: str):
     }
     for which, calls in launches.items():
         on = plan_for(emulator, which, problem, case.choice)
-        assert on.prefetch == (on.slot_bytes >= 4), "what this case is here for"
-        off = replace(on, prefetch=0)
+        if "prefetch" in case.choice:
+            assert on.prefetch == (on.slot_bytes >= 4), "what this case is here for"
+        else:
+            assert 0 < on.retained < on.rounds, "what this case is here for"
+        off = replace(on, prefetch=0, retained=0)
         for call in calls:
             emulator.schedule = SCHEDULES[0]
             want = bits(call(plan=off))
             assert bits(over_schedules(emulator, partial(call, plan=on))) == want
 
 
-def test_only_what_can_be_copied_is_prefetched(emulator: Emulator):
+@each_team_pass
+def test_only_what_can_be_copied_is_prefetched(emulator: Emulator, which: Pass):
     emulator.sm_count = 2
     problem = Problem(6, 7, 64)
-    choice = {"slot_bytes": 16, "columns": 1, "slots": 8, "threads": 64, "prefetch": 1}
-    assert emulator.cut(problem, team=2, **choice).prefetch == 1
-    assert emulator.cut(problem, team=1, **choice).prefetch == 0, "nobody to wait for"
-    assert emulator.cut(replace(problem, channels=2), team=2, **choice).prefetch == 0, "one wave"
-    rounds = emulator.cut(replace(problem, spatial=4096), team=2, **choice)
+    choice = {"slot_bytes": 16, "columns": 1, "slots": 4, "threads": 64, "prefetch": 1}
+    assert emulator.cut(which, problem, team=2, **choice).prefetch == 1
+    assert emulator.cut(which, problem, team=1, **choice).prefetch == 0, "nobody to wait for"
+    few = replace(problem, channels=2)
+    assert emulator.cut(which, few, team=2, **choice).prefetch == 0, "one wave"
+    rounds = emulator.cut(which, replace(problem, spatial=4096), team=2, **choice)
     assert rounds.rounds > 1 and rounds.prefetch == 0
+
+
+@each_team_pass
+@pytest.mark.parametrize("team", [1, 2])
+def test_as_much_is_retained_as_there_is_room_and_rounds(
+    emulator: Emulator, which: Pass, team: int
+):
+    """On an H200, whose SMs have 228 KB for 3 blocks; a round of full blocks takes 32 KB."""
+    emulator.sm_count = 2
+    choice = {"slot_bytes": 16, "columns": 1, "slots": 8 if which == Pass.FORWARD else 4}
+    for rounds, wanted, got in ((1, 9, 0), (2, 9, 1), (3, 9, 2), (4, 9, 2), (4, 1, 1), (4, 0, 0)):
+        problem = Problem(team, 3, rounds * 256 * choice["slots"] * 4)
+        plan = emulator.cut(which, problem, threads=256, team=team, retained=wanted, **choice)
+        assert (plan.rounds, plan.retained) == (rounds, got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -561,6 +618,7 @@ STATE_CASES = [
     ),
     ahead("a team", n=8, c=5, s=64, sms=2),
     ahead("rows", n=4, c=40, s=30, sms=2, layout=LAST, columns=4),
+    retaining("a team", 99, n=12, c=5, s=1000, sms=2),
 ]
 state = pytest.mark.parametrize("case", STATE_CASES, ids=str)
 
@@ -822,7 +880,7 @@ class Corner:
         if which != Pass.INFERENCE:
             columns = self.small.channels // (plan.slot_bytes // ITEM_SIZE[self.small.dtype]) or 1
             choice = {"slot_bytes": plan.slot_bytes, "slots": plan.slots, "columns": columns}
-            plan = emulator.cut(self.small, threads=256, team=1, **choice)
+            plan = emulator.cut(which, self.small, threads=256, team=1, **choice)
         slabs = self.problem.channels // self.small.channels
         assert plan.slabs == 1 and slabs * self.small.channels == self.problem.channels
         return replace(plan, slabs=slabs, teams=slabs), plan
@@ -972,6 +1030,7 @@ def test_emulator_runs_what_is_right(rules, schedule):
         ("overwrites_what_it_copies", "overwritten before it landed, rules.cu:"),
         ("copies_twice_to_one_place", "two asynchronous copies to one place, rules.cu:"),
         ("copies_beyond_its_memory", "beyond the block's dynamic shared memory, rules.cu:"),
+        ("reaches_beyond_its_memory", "beyond the block's dynamic shared memory, rules.cu:"),
         ("waits_for_ever", "deadlock, no block can go on"),
     ],
 )

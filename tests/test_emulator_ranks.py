@@ -70,6 +70,27 @@ def test_one_rank_computes_what_the_ordinary_kernels_compute(emulator, case: Cas
     assert dx.tobytes() == whole["dx"].tobytes()
 
 
+@pytest.mark.parametrize("what", [{"prefetch": 1}, {"retained": 1}], ids=str)
+def test_what_only_reads_retains_nothing(emulator, what: dict):
+    """The plan is that of the whole pass; memory for its rounds would be of no use."""
+    emulator.sm_count, emulator.schedule = 2, SCHEDULES[0]
+    size = 64 if "prefetch" in what else 2048
+    case = Case("", n=6, c=7, s=size, choice={"threads": 64, "team": 2, **what})
+    problem, data = case.problem("float32"), draw(case, "float32")
+    both = data["dy"], data["x"]
+    plans = [plan_for(emulator, which, problem, case.choice) for which in Pass][:2]
+    assert all(plan.prefetch or plan.retained for plan in plans)
+    backward = {"stats": np.ones((5, case.c), np.float32)}
+    for whole, part, plan, given, more in (
+        (emulator.forward, emulator.moments, plans[0], both[1:], {}),
+        (emulator.backward, emulator.backward_sums, plans[1], both, backward),
+    ):
+        whole(problem, *given, plan=plan, **more)
+        assert emulator.last_dynamic_shared() == 32 << 10
+        part(problem, *given, plan=plan, **more)
+        assert emulator.last_dynamic_shared() == plan.prefetch * 32 << 10
+
+
 def test_a_rank_says_whether_it_takes_part_in_the_backward_pass(emulator):
     emulator.sm_count, emulator.schedule = 4, SCHEDULES[0]
     case = Case("", n=2, c=3, s=5)

@@ -3,6 +3,8 @@ and no GPU is needed."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -178,7 +180,7 @@ def test_a_prefetch_has_a_next_slab_and_room(which, p, sm_count, chip):
     sizes = p["batch"], p["channels"], p["spatial"]
     capability, shared = chip
     got = _C.plan(which, *sizes, capability=capability, shared_bytes=shared, **keywords)
-    plain = _C.plan(which, *sizes, capability=75, **keywords)
+    plain = _C.plan(which, *sizes, shared_bytes=0, **keywords)
     assert got.prefetch in (0, 1) and plain.prefetch == 0
     assert got.microseconds <= plain.microseconds, "the planner takes nothing that it thinks worse"
     if not got.prefetch:
@@ -197,7 +199,7 @@ def test_a_prefetch_has_a_next_slab_and_room(which, p, sm_count, chip):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm_{chip[0]}")
 def test_every_chip_with_asynchronous_copies_has_room_to_prefetch(which, layout, chip):
-    for n, c, side in ((64, 1024, 14), (256, 2048, 7), (32, 128, 28), (32, 512, 28)):
+    for n, c, side in ((32, 64, 28), (32, 128, 28)):
         capability, shared = chip
         keywords = {"layout": layout, "capability": capability, "shared_bytes": shared}
         if _C.plan(which, n, c, side * side, **keywords).prefetch:
@@ -208,13 +210,59 @@ def test_every_chip_with_asynchronous_copies_has_room_to_prefetch(which, layout,
 
 @each_pass
 @SETTINGS
+@given(
+    p=problems(2**30),
+    sm_count=sm_counts,
+    chip=st.one_of(st.sampled_from(CHIPS), st.tuples(st.just(90), st.integers(0, 228 << 10))),
+)
+def test_what_is_retained_has_room_and_is_not_read_again(which, p, sm_count, chip):
+    keywords = {k: p[k] for k in ("layout", "dtype", "alignment")} | {"sm_count": sm_count}
+    sizes = p["batch"], p["channels"], p["spatial"]
+    capability, shared = chip
+    got = _C.plan(which, *sizes, capability=capability, shared_bytes=shared, **keywords)
+    assert 0 <= got.retained < got.rounds
+    assert (got.bytes_reread == 0) == (got.retained == got.rounds - 1)
+    if not got.retained:
+        return
+    assert which != "inference" and not got.prefetch
+    tensors = 2 if which == "backward" else 1
+    assert got.dynamic_shared_bytes == (
+        got.retained * tensors * got.slots * got.slot_bytes * THREADS
+    )
+    # Each resident block takes 1 KB for the system, and shared memory in units of 128 bytes. So
+    # one block takes no more than it may on any of the chips: 64 KB, or all of the SM's but 1 KB.
+    assert got.shared_bytes >= got.dynamic_shared_bytes
+    block = ceil_div(got.shared_bytes + 1024, 128) * 128
+    assert blocks_per_sm(p) * block <= shared
+    if got.retained < got.rounds - 1:
+        more = got.shared_bytes + got.dynamic_shared_bytes // got.retained
+        assert blocks_per_sm(p) * ceil_div(more + 1024, 128) * 128 > shared, "as many as fit"
+
+
+@each_team_pass
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_retained_fits_whatever_the_size_of_shared_memory(which, layout, dtype):
+    """At every size of an SM's."""
+    most = 0
+    for shared in range(0, 228 << 10, 512):
+        got = _C.plan(which, 128, 2, 49 * 1024, layout=layout, dtype=dtype, shared_bytes=shared)
+        blocks = blocks_per_sm({"layout": layout, "dtype": dtype})
+        if got.dynamic_shared_bytes:
+            assert blocks * ceil_div(got.shared_bytes + 1024, 128) * 128 <= shared
+        most = max(most, got.retained)
+    assert most >= 1
+
+
+@each_pass
+@SETTINGS
 @given(p=problems(), sm_count=sm_counts)
 def test_a_plan_is_a_value(which, p, sm_count):
     got = plan(which, p, sm_count)
     assert got == plan(which, p, sm_count) and repr(got) == repr(plan(which, p, sm_count))
     assert (
         f".team = {got.team}, .teams = {got.teams}, .rounds = {got.rounds}, "
-        f".prefetch = {got.prefetch}, .share = {got.share}" in repr(got)
+        f".retained = {got.retained}, .prefetch = {got.prefetch}, .share = {got.share}" in repr(got)
     )
     assert got.microseconds > 0
 
@@ -281,17 +329,18 @@ def resnet_plan(which, batch, channels, side, layout, dtype):
 @pytest.mark.parametrize("batch", [128, 256])
 @pytest.mark.parametrize(("channels", "side"), [(c, side) for c, side in RESNET50 if side >= 14])
 def test_resnet50_nchw_reads_large_batches_once(which, batch, channels, side, dtype):
-    """Large enough that time is memory traffic: a channel that half the chip's registers hold is
-    read once.
+    """Large enough that time is memory traffic: a channel that half the chip's registers and shared
+    memory hold is read once.
 
     Half, because a single team runs in lockstep: all of it reads, all of it waits, all of it
-    writes.
+    writes. The shared memory of an SM holds two rounds of each of its three blocks.
     """
     tensors = 2 if which == "backward" else 1
+    held = 3 * THREADS * MAX_REGISTER_BYTES
     got = resnet_plan(which, batch, channels, side, "channels_first", dtype)
     slab = batch * side * side * ITEM_SIZE[dtype] * tensors
-    if slab <= got.resident_blocks // 2 * THREADS * MAX_REGISTER_BYTES:
-        assert got.rounds == 1
+    if slab <= got.resident_blocks // 2 * held:
+        assert got.bytes_reread == 0
 
 
 @each_team_pass
@@ -319,9 +368,46 @@ def test_resnet50_no_plan_that_reads_once_is_expected_to_be_faster(
             "slots": got.slots,
             "threads": THREADS,
         }
-        once = planner.cut(problem, H200, team=team, **choice)
+        once = planner.cut(step, problem, H200, team=team, **choice)
         assert once.rounds == 1
         assert got.microseconds <= planner.estimate(step, problem, once, H200) * 1.0001, once
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "side", "layout", "dtype", "retained"),
+    [
+        # Two teams hold a channel of x in work each; of x and dy together, three quarters.
+        (256, 64, 112, "channels_first", "float32", ((2, 1), (4, 2))),
+        (256, 64, 112, "channels_first", "bfloat16", ((1, 0), (2, 1))),
+        # 2-byte slots: a block alone has a channel in four rounds.
+        (256, 512, 7, "channels_first", "bfloat16", ((4, 3), (4, 3))),
+        # A pixel's channels lie together: stripes of 32 to 128 of them are large slabs.
+        (256, 1024, 14, "channels_last", "bfloat16", ((3, 2), (3, 2))),
+        (256, 512, 28, "channels_last", "bfloat16", ((3, 2), (6, 3))),
+        # One round holds it, or time is the launch.
+        (32, 256, 14, "channels_first", "bfloat16", ((1, 0), (1, 0))),
+        (32, 2048, 7, "channels_first", "float32", ((1, 0), (1, 0))),
+    ],
+)
+def test_resnet50_retains_what_registers_do_not_hold(
+    batch, channels, side, layout, dtype, retained
+):
+    for which, expected in zip(PASSES, retained, strict=False):
+        got = resnet_plan(which, batch, channels, side, layout, dtype)
+        assert (got.rounds, got.retained) == expected
+
+
+@each_team_pass
+@pytest.mark.parametrize("suite", ["resnet50", "resnet50-large"])
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm_{chip[0]}")
+def test_no_plan_is_expected_to_lose_by_shared_memory(which, suite, chip):
+    capability, shared = chip
+    for (n, c, h, w), layout, dtype in itertools.product(SUITES[suite], LAYOUTS, DTYPES):
+        keywords = {"layout": layout, "dtype": dtype, "capability": capability}
+        got = _C.plan(which, n, c, h * w, shared_bytes=shared, **keywords)
+        plain = _C.plan(which, n, c, h * w, shared_bytes=0, **keywords)
+        assert plain.dynamic_shared_bytes == 0
+        assert got.microseconds <= plain.microseconds
 
 
 @each_team_pass

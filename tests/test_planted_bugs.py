@@ -247,7 +247,7 @@ BUGS = [
     ),
     Bug(
         "copies of another team's slab",
-        "kernels/backward.cu",
+        "kernels/sums.cuh",
         "if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams,",
         "if (plan.prefetch) Next::fetch(p, plan, slab + 1,",
         kernel="backward",
@@ -269,16 +269,16 @@ BUGS = [
     Bug(
         "two tensors in one place",
         "kernels/prefetch.cuh",
-        "((tensor * kSlots + v) * kMaxThreads",
-        "((tensor * 0 + v) * kMaxThreads",
+        "(tensor * kSlots + v)",
+        "(tensor * 0 + v)",
         kernel="backward",
         says="two asynchronous copies to one place",
     ),
     Bug(
         "slots of two threads in one place",
-        "kernels/prefetch.cuh",
-        "static_cast<int>(threadIdx.x)) * Slot::kBytes",
-        "static_cast<int>(threadIdx.x % kWarp)) * Slot::kBytes",
+        "kernels/shared.cuh",
+        "static_cast<int>(threadIdx.x)) * kBytes",
+        "static_cast<int>(threadIdx.x % kWarp)) * kBytes",
         kernel="backward",
     ),
     Bug(
@@ -290,9 +290,76 @@ BUGS = [
     Bug(
         "more shared memory than the kernel is allowed",
         "kernels/launch.cuh",
-        "if (error == cudaSuccess && (allowed",
-        "if (error != cudaSuccess && (allowed",
+        "if (bytes <= most) return cudaSuccess;",
+        "if (bytes > most) return cudaSuccess;",
         says="error 1",
+    ),
+    Bug(
+        "a kernel that is allowed some shared memory is not allowed more",
+        "kernels/launch.cuh",
+        "if (bytes <= most) return cudaSuccess;",
+        "if (most > 0) return cudaSuccess;",
+        says="error 1",
+    ),
+    Bug(
+        "less shared memory than the rounds take",
+        "core/plan.h",
+        "plan.retained * retained_round_bytes(plan, pass)",
+        "plan.retained * retained_round_bytes(plan, pass) / 2",
+        kernel="backward",
+        says="beyond the block's dynamic shared memory",
+    ),
+    Bug(
+        "a round too many is retained",
+        "core/plan.h",
+        "place < retained;",
+        "place <= retained;",
+        says="beyond the block's dynamic shared memory",
+    ),
+    Bug(
+        "two tensors of a retained round in one place",
+        "kernels/retain.cuh",
+        "(place * kTensors + tensor)",
+        "(place * kTensors + 0 * tensor)",
+        kernel="backward",
+    ),
+    Bug(
+        "two retained rounds in one place",
+        "kernels/retain.cuh",
+        "(place * kTensors + tensor)",
+        "(0 * place * kTensors + tensor)",
+    ),
+    Bug(
+        "another round is read back",
+        "kernels/backward.cu",
+        "Kept::take(plan.retained_place(round), ",
+        "Kept::take(plan.retained - 1 - plan.retained_place(round), ",
+        kernel="backward",
+    ),
+    Bug(
+        "the ragged round is read back and was not stored",
+        "kernels/forward.cu",
+        "if (retained) Kept",
+        "if (retained && round > 0) Kept",
+    ),
+    Bug(
+        "a round is stored before it is loaded",
+        "kernels/backward.cu",
+        "      const int left = in_range ? walk.left(piece) : 0;\n"
+        "      Cursor cursor = walk.begin(p, piece);\n"
+        "      const bool retained = plan.retains(round);\n",
+        "      const int left = in_range ? walk.left(piece) : 0;\n"
+        "      Cursor cursor = walk.begin(p, piece);\n"
+        "      const bool retained = plan.retains(round);\n"
+        "      if (retained && round > 0)\n"
+        "        Kept::keep(plan.retained_place(round), x_tile, dy_tile);\n",
+        kernel="backward",
+    ),
+    Bug(
+        "what a full block's threads would have stored",
+        "kernels/retain.cuh",
+        "tiles[v] = Slot::load_shared(at(place, tensor++, v))",
+        "tiles[v] = Slot::load_shared(at(place, tensor++, v) + 64 * Slot::kBytes)",
     ),
     Bug(
         "plane boundary not crossed",
@@ -368,6 +435,11 @@ BUGS = [
 
 # Further edits that a bug needs.
 ALSO = {
+    "a round is stored before it is loaded": (
+        "kernels/backward.cu",
+        "      if (retained) Kept::keep",
+        "      if (retained && round == 0) Kept::keep",
+    ),
     "late partial result": (
         "kernels/moments.cuh",
         "  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);\n"

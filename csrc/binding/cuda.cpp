@@ -44,7 +44,7 @@ Device planned_for(const DeviceState& state) {
 }
 
 // Launches what `run(plan, workspace)` launches; if the device does not hold all the blocks at
-// once, without a prefetch (the process may have asked for a large L1, which leaves less shared
+// once, without shared memory (the process may have asked for a large L1, which leaves less shared
 // memory), then on fewer SMs: another process may hold a part of it (MPS), or the stream may be
 // given a part of it only (green contexts).
 template <typename Planner, typename Run>
@@ -68,7 +68,7 @@ void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream
     error = static_cast<cudaError_t>(run(plan, workspace));
     if (error != cudaErrorCooperativeLaunchTooLarge) break;
     cudaGetLastError();
-    if (plan.prefetch) {
+    if (plan.prefetch || plan.retained) {
       device.shared_bytes = 0;
     } else {
       device.sm_count /= 2;

@@ -134,6 +134,7 @@ void define(py::module_& m) {
       .def_property_readonly("team", plan_field(&Plan::team))
       .def_property_readonly("teams", plan_field(&Plan::teams))
       .def_property_readonly("rounds", plan_field(&Plan::rounds))
+      .def_property_readonly("retained", plan_field(&Plan::retained))
       .def_property_readonly("prefetch", plan_field(&Plan::prefetch))
       .def_property_readonly("share", plan_field(&Plan::share))
       .def_property_readonly("slabs", plan_field(&Plan::slabs))
@@ -155,9 +156,16 @@ void define(py::module_& m) {
       .def_property_readonly(
           "shared_bytes",
           [](const LaunchPlan& l) {
-            return static_shared_bytes(l.problem) + (l.plan.prefetch ? kPrefetchBytes : 0);
+            return static_shared_bytes(l.problem) + dynamic_shared_bytes(l.plan, l.pass);
           },
-          "Shared memory that a block takes whose team meets, at most.")
+          "Shared memory that a block takes which computes statistics, at most.")
+      .def_property_readonly(
+          "dynamic_shared_bytes",
+          [](const LaunchPlan& l) { return dynamic_shared_bytes(l.plan, l.pass); },
+          "Those of them that depend on the plan: what is prefetched or retained.")
+      .def(
+          "retains", [](const LaunchPlan& l, int round) { return l.plan.retains(round); },
+          py::arg("round"), "Whether this round before the last stays in shared memory.")
       .def_property_readonly("proposals_bytes",
                              [](const LaunchPlan& l) { return proposals_bytes(l.problem); })
       .def_property_readonly("sm_count", [](const LaunchPlan& l) { return l.device.sm_count; })
@@ -174,7 +182,7 @@ void define(py::module_& m) {
       .def_property_readonly(
           "bytes_reread",
           [](const LaunchPlan& l) { return bytes_reread(l.problem, l.plan, l.pass); },
-          "Bytes that had to leave the registers and are read a second time, from L2 or memory.")
+          "Bytes that are read a second time, from L2 or memory, because they were not kept.")
       .def_property_readonly(
           "bytes_in_flight",
           [](const LaunchPlan& l) { return bytes_in_flight(l.problem, l.plan, l.device, l.pass); },

@@ -2,9 +2,10 @@
 // from Python and tested for every shape on a machine without a GPU.
 //
 // A slab is what is reduced together: one channel (kChannelsFirst) or a stripe of neighbouring
-// channels (kChannelsLast). A team of blocks owns a slab at a time and keeps it in registers
-// between the statistics and the normalisation, so that x is read from memory once. Inside a slab,
-// data lies at positions; a thread moves one slot, 16 bytes where it can, at one:
+// channels (kChannelsLast). A team of blocks owns a slab at a time and keeps it in registers, and
+// in shared memory what they do not hold, between the statistics and the normalisation, so that x
+// is read from memory once. Inside a slab, data lies at positions; a thread moves one slot, 16
+// bytes where it can, at one:
 //
 //   kChannelsFirst   position = slot in the channel        N * S / lanes of them, lanes = elements
 //   of a slot kChannelsLast    position = row of the [N*S][C] matrix  `columns` slots side by side,
@@ -23,6 +24,9 @@ enum class Pass : std::uint8_t { kForward, kBackward, kInference };
 // Tensors of the problem's size that cross the memory bus: the floor that a kernel is measured
 // against.
 constexpr int tensors_moved(Pass pass) { return pass == Pass::kBackward ? 3 : 2; }
+
+// Those of them that are read, and held from the statistics to the normalisation.
+constexpr int tensors_read(Pass pass) { return tensors_moved(pass) - 1; }
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;  // of a block, and every kernel's __launch_bounds__
@@ -72,7 +76,8 @@ struct Plan {
   int threads = 0;         // of a block, a power of two
   int team = 0;            // blocks that share a slab; if several, they meet at a barrier
   int teams = 0;           // slabs in work at a time
-  int rounds = 0;          // fillings of the registers for one slab; all but the last read twice
+  int rounds = 0;          // fillings of the registers for one slab; the last one stays there
+  int retained = 0;        // of the others that stay in shared memory; the rest is read twice
   int prefetch = 0;        // slabs on their way to shared memory while the team meets: 0 or 1
   std::int64_t share = 0;  // positions of a slab that a block owns, the last of a team maybe fewer
   std::int64_t slabs = 0;  // in all
@@ -81,22 +86,31 @@ struct Plan {
   BRN_HD constexpr std::int64_t positions_per_round() const {
     return std::int64_t{slots} * positions_per_pass();
   }
+  // Which rounds are retained, and in which place: full ones first, so the ragged one, round 0,
+  // only if all are. The oldest of the full ones: L2 has the newest of the rest.
+  BRN_HD constexpr int retained_place(int round) const {
+    return retained + 1 < rounds ? round - 1 : round;
+  }
+  BRN_HD constexpr bool retains(int round) const {
+    const int place = retained_place(round);
+    return 0 <= place && place < retained;
+  }
   constexpr std::int64_t blocks() const { return std::int64_t{team} * teams; }
   constexpr std::int64_t waves() const { return teams > 0 ? ceil_div(slabs, teams) : 0; }
 
   friend constexpr bool operator==(const Plan& a, const Plan& b) {
     return a.slot_bytes == b.slot_bytes && a.columns == b.columns && a.slots == b.slots &&
            a.threads == b.threads && a.team == b.team && a.teams == b.teams &&
-           a.rounds == b.rounds && a.prefetch == b.prefetch && a.share == b.share &&
-           a.slabs == b.slabs;
+           a.rounds == b.rounds && a.retained == b.retained && a.prefetch == b.prefetch &&
+           a.share == b.share && a.slabs == b.slabs;
   }
 
   friend std::ostream& operator<<(std::ostream& os, const Plan& p) {
     return os << "Plan{.slot_bytes = " << p.slot_bytes << ", .columns = " << p.columns
               << ", .slots = " << p.slots << ", .threads = " << p.threads << ", .team = " << p.team
               << ", .teams = " << p.teams << ", .rounds = " << p.rounds
-              << ", .prefetch = " << p.prefetch << ", .share = " << p.share
-              << ", .slabs = " << p.slabs << "}";
+              << ", .retained = " << p.retained << ", .prefetch = " << p.prefetch
+              << ", .share = " << p.share << ", .slabs = " << p.slabs << "}";
   }
 };
 
@@ -169,36 +183,61 @@ constexpr int widest_slot(const Problem& p) {
   return bytes;
 }
 
-// Shared memory that a block takes beside kPrefetchBytes, at most: a record of each warp and what
+// Shared memory that a block takes beside what it asks for, at most: a record of each warp and what
 // is known of each channel of the slab, 8 x 3 + 9 statistics, and a few words.
 constexpr int static_shared_bytes(const Problem& p) {
   const int channels = p.layout == Layout::kChannelsFirst ? 1 : kMaxSlabChannels;
   return channels * (kMaxThreads / kWarp * 3 + 9) * size_of_statistic(p.dtype) + 64;
 }
 
+// Shared memory that is left for a block to ask for while an SM holds as many blocks as ever; may
+// be negative. The SM keeps 1 KB a block (from sm_80 on) and hands out multiples of 128 bytes; one
+// block may have all the rest.
+constexpr int shared_room(const Problem& p, const Device& device) {
+  const int block = device.shared_bytes / blocks_per_sm(p.layout, size_of(p.dtype));
+  return block / 128 * 128 - 1024 - static_shared_bytes(p);
+}
+
 // Whether the kernels can copy a team's next slab to shared memory while it waits at its barrier:
 // the device has such copies (of 4, 8 and 16 bytes), there is a next slab, one round keeps it, and
-// an SM holds as many blocks as ever. Of its shared memory it keeps 1 KB a block and hands out
-// multiples of 128 bytes; one block may have all the rest.
+// there is room.
 constexpr bool can_prefetch(const Problem& p, const Device& device, const Plan& plan) {
-  const std::int64_t block = ceil_div(static_shared_bytes(p) + kPrefetchBytes + 1024, 128) * 128;
   return device.capability >= 80 && plan.slot_bytes >= 4 && plan.team > 1 && plan.rounds == 1 &&
-         plan.waves() > 1 &&
-         blocks_per_sm(p.layout, size_of(p.dtype)) * block <= device.shared_bytes;
+         plan.waves() > 1 && kPrefetchBytes <= shared_room(p, device);
+}
+
+// What a retained round takes of shared memory, with full blocks.
+constexpr int retained_round_bytes(const Plan& plan, Pass pass) {
+  return kMaxThreads * plan.slots * plan.slot_bytes * tensors_read(pass);
+}
+
+// How many rounds there is room to retain. On any device: a thread stores and loads them.
+constexpr int most_retained(const Problem& p, const Device& device, const Plan& plan, Pass pass) {
+  const int room = shared_room(p, device);
+  return room > 0 ? room / retained_round_bytes(plan, pass) : 0;
+}
+
+// Shared memory that a block asks for.
+constexpr int dynamic_shared_bytes(const Plan& plan, Pass pass) {
+  return plan.prefetch ? kPrefetchBytes : plan.retained * retained_round_bytes(plan, pass);
 }
 
 // Bytes that are read a second time. The first round takes the ragged end of a block's share, the
-// last one a full round before it, which stays in registers.
+// last one a full round before it, which stays in registers, and full ones before that stay in
+// shared memory.
 constexpr std::int64_t bytes_reread(const Problem& p, const Plan& plan, Pass pass) {
-  if (plan.rounds == 1) return 0;
+  if (plan.retained + 1 >= plan.rounds) return 0;
   const std::int64_t total = positions(p, plan.slot_bytes);
-  const std::int64_t held = plan.positions_per_round();
-  const std::int64_t before = (plan.rounds - 2) * held;
+  const std::int64_t round = plan.positions_per_round();
+  const std::int64_t before = (plan.rounds - 2) * round;
+  const std::int64_t shared = plan.retained * round;
   const std::int64_t last_share = total - (plan.team - 1) * plan.share;
   const std::int64_t last_rest = last_share > before ? last_share - before : 0;
+  const std::int64_t last_held =
+      (last_share < shared ? last_share : shared) + (last_rest < round ? last_rest : round);
   const std::int64_t again =
-      (plan.team - 1) * (plan.share - held) + last_share - (last_rest < held ? last_rest : held);
-  return (tensors_moved(pass) - 1) * again * (p.elements() / total) * size_of(p.dtype);
+      (plan.team - 1) * (plan.share - round - shared) + last_share - last_held;
+  return tensors_read(pass) * again * (p.elements() / total) * size_of(p.dtype);
 }
 
 // Those of them that are in work at a time. A team of one waits for nobody and has a slab of its
@@ -269,14 +308,15 @@ constexpr double estimate(const Problem& p, const Plan& plan, const Device& devi
   // the two shows; its writes follow the barrier. That is less than `exposed` by kFirstLoad while
   // the barrier is the longer and by kBarrier once the reads are. It saves nothing where the other
   // blocks keep the memory busy all the cycle. As everything here an estimate: no GPU has run it.
-  const double reads = own * (tensors_moved(pass) - 1) / tensors_moved(pass);
+  const double reads = own * tensors_read(pass) / tensors_moved(pass);
   const double loading = kFirstLoad + reads;
   const double shows = kReduce + (loading > kBarrier ? loading : kBarrier) + (own - reads);
   return kLaunch + first_wave + (waves - 1) * (cycle > shows ? cycle : shows);
 }
 
-// Completes a choice of slot, columns, threads and team size.
-constexpr Plan cut(const Problem& p, const Device& device, Plan plan) {
+// Completes a choice of slot, columns, threads and team size. Of `retained` and `prefetch` it keeps
+// what the kernels can do and is of use.
+constexpr Plan cut(const Problem& p, const Device& device, Pass pass, Plan plan) {
   const std::int64_t total = positions(p, plan.slot_bytes);
   const std::int64_t resident = resident_blocks(p, device.sm_count);
   plan.slabs = ceil_div(p.channels, slab_channels(p, plan));
@@ -291,6 +331,9 @@ constexpr Plan cut(const Problem& p, const Device& device, Plan plan) {
     plan.teams = static_cast<int>(
         ceil_div(plan.slabs, ceil_div(plan.slabs, fit)));  // as few waves, evenly filled
   }
+  const int most = most_retained(p, device, plan, pass);
+  if (plan.retained > most) plan.retained = most;
+  if (plan.retained > plan.rounds - 1) plan.retained = plan.rounds - 1;
   if (!can_prefetch(p, device, plan)) plan.prefetch = 0;
   return plan;
 }
@@ -322,6 +365,7 @@ constexpr Plan plan_width(const Problem& p, const Device& device, Pass pass, int
   plan.slots = slots_per_thread(pass, slot_bytes);
   plan.threads = kMaxThreads;
   plan.team = 1;
+  plan.retained = most_retained(p, device, plan, pass);
   const std::int64_t slabs = ceil_div(p.channels, slab_channels(p, plan));
 
   if (total <= plan.positions_per_round()) {
@@ -334,26 +378,29 @@ constexpr Plan plan_width(const Problem& p, const Device& device, Pass pass, int
     }
   }
 
-  Plan best = cut(p, device, plan);
+  Plan best = cut(p, device, pass, plan);
   double best_time = estimate(p, best, device, pass);
-  const std::int64_t most =
-      slabs > 1 && resident >= 4 ? resident / 2 : resident;  // two teams: one loads while one waits
-  const std::int64_t fills =
-      ceil_div(total, plan.positions_per_round());  // a team that holds the whole slab
-  const std::int64_t spreads = resident / slabs;    // all slabs at once
-  for (const std::int64_t wanted : {fills, spreads, most}) {
-    const std::int64_t useful = ceil_div(total, plan.positions_per_pass());
-    std::int64_t team = wanted < most ? wanted : most;
+  // Teams that hold the whole slab in registers, or in registers and shared memory; that have all
+  // slabs in work at once; of which there are two, so that one loads while one waits; and the whole
+  // chip, which holds most of a slab but waits for itself.
+  const std::int64_t fills = ceil_div(total, plan.positions_per_round());
+  const std::int64_t retains = ceil_div(fills, 1 + plan.retained);
+  const std::int64_t spreads = resident / slabs;
+  const std::int64_t most = slabs > 1 && resident >= 4 ? resident / 2 : resident;
+  const std::int64_t useful = ceil_div(total, plan.positions_per_pass());
+  for (const std::int64_t wanted : {fills, retains, spreads, most, resident}) {
+    std::int64_t team = wanted < most || wanted == resident ? wanted : most;
     team = team < useful ? team : useful;
-    if (team < 2) continue;
+    if (team < 2 || team == plan.team) continue;
     plan.team = static_cast<int>(team);
     plan.prefetch = 1;
-    Plan candidate = cut(p, device, plan);
+    Plan candidate = cut(p, device, pass, plan);
     const int can = candidate.prefetch;
     for (candidate.prefetch = 0; candidate.prefetch <= can; ++candidate.prefetch) {
       const double time = estimate(p, candidate, device, pass);
-      // A prefetch has to promise 3%: the way through shared memory is not in the model.
-      if (time < best_time * (candidate.prefetch == 0 ? 1.0 : 0.97)) {
+      // More shared memory has to promise 3%: the way through it is not in the model.
+      const bool direct = dynamic_shared_bytes(candidate, pass) <= dynamic_shared_bytes(best, pass);
+      if (time < best_time * (direct ? 1.0 : 0.97)) {
         best = candidate;
         best_time = time;
       }

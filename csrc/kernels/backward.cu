@@ -1,18 +1,21 @@
 // Backward pass in one launch:
 //
 //   for each slab of its team, a block
-//     - reads its share of x and dy once, into registers, and takes sum(dy), sum(dy * (x - mean))
+//     - reads its share of x and dy once, into registers, and takes sum(dy), sum(dy * (x - mean));
+//       where that is more than the registers hold, round after round, of which plan.retained
+//       before the last one go on to shared memory
 //     - meets the other blocks of the team, if any, and adds all their sums in rank order; with
 //       plan.prefetch its share of the next slab is on its way to shared memory meanwhile
 //     - projects dy onto the null space of 1 and x_norm and writes dx
 //   the first block of the team writes dweight and dbias
 //
 // 2 reads + 1 write is the floor, and it is met as long as a slab of both tensors fits the
-// registers of a team (plan.rounds == 1). Otherwise all rounds but the last are read again, newest
-// first.
+// registers and the shared memory of a team (plan.rounds == 1 + plan.retained). Otherwise the other
+// rounds are read again, newest first.
 #include "launch.cuh"
 #include "launch.h"
 #include "prefetch.cuh"
+#include "retain.cuh"
 #include "slab.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
@@ -50,6 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
   using Next = Prefetch<Slot, kSlots, 2>;
+  using Kept = Retained<Slot, kSlots, 2>;
   __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
   __shared__ Projection<Real> projections[kSlab];
 
@@ -80,25 +84,21 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
       const int left = in_range ? walk.left(piece) : 0;
       Cursor cursor = walk.begin(p, piece);
-      if (round + 1 < plan.rounds) {
+      const bool retained = plan.retains(round);
+      if (round + 1 < plan.rounds && !retained) {
         load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, left, cursor, walk);
       } else if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
         Next::take(left, walk, x_tile, dy_tile);
       } else {
         load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
       }
+      if (retained) Kept::keep(plan.retained_place(round), x_tile, dy_tile);
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    Sums<Real> total = block_merge(sums, plan.columns, plan.threads, records);
-    if (plan.team > 1) {
-      const auto fetch_next = [&] {
-        const T* tensors[] = {static_cast<const T*>(params.x), static_cast<const T*>(params.dy)};
-        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensors[0], tensors[1]);
-      };
-      total = team_sums(total, plan, channels, walk.team(), walk.rank(), parity, workspace, records,
-                        fetch_next);
-    }
+    const Sums<Real> total =
+        slab_sums<Next>(sums, p, plan, slab, channels, walk, parity, workspace, records,
+                        static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
     if (finishes) {
       const int c = channel0 + thread;
       const ChannelStats<Real> stats = stats_of<Real>(params, p, c);
@@ -120,7 +120,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       const int left = in_range ? walk.left(piece) : 0;
       Cursor cursor = walk.begin(p, piece);
       forget_the_way(cursor);
-      if (round + 1 < plan.rounds) {
+      if (plan.retains(round)) {
+        Kept::take(plan.retained_place(round), x_tile, dy_tile);
+      } else if (round + 1 < plan.rounds) {
         Cursor again = cursor;
         load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, again, walk);
       }
@@ -153,8 +155,9 @@ int launch_backward(const Problem& p, const Plan& plan, const BackwardParams& pa
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
     static Allowed allowed;
-    return launch_prefetching(allowed, backward_kernel<typename V::T, V::kLayout, V::kSlotBytes>,
-                              plan, stream, p, plan, stride(p, plan), params, workspace);
+    return launch_meeting(allowed, dynamic_shared_bytes(plan, Pass::kBackward),
+                          backward_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, stream,
+                          p, plan, stride(p, plan), params, workspace);
   });
 }
 

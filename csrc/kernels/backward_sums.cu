@@ -60,15 +60,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    Sums<Real> total = block_merge(sums, plan.columns, plan.threads, records);
-    if (plan.team > 1) {
-      const auto fetch_next = [&] {
-        const T* tensors[] = {static_cast<const T*>(params.x), static_cast<const T*>(params.dy)};
-        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensors[0], tensors[1]);
-      };
-      total = team_sums(total, plan, channels, walk.team(), walk.rank(), parity, workspace, records,
-                        fetch_next);
-    }
+    const Sums<Real> total =
+        slab_sums<Next>(sums, p, plan, slab, channels, walk, parity, workspace, records,
+                        static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
     const int c = channel0 + thread;
     if (walk.rank() == 0 && thread < channels && c < p.channels) {
       const ChannelStats<Real> stats = stats_of<Real>(params.stats, p.channels, c);
@@ -88,9 +82,9 @@ int launch_backward_sums(const Problem& p, const Plan& plan, const BackwardSumsP
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
     static Allowed allowed;
-    return launch_prefetching(allowed,
-                              backward_sums_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan,
-                              stream, p, plan, stride(p, plan), params, workspace);
+    return launch_meeting(allowed, plan.prefetch * kPrefetchBytes,
+                          backward_sums_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan,
+                          stream, p, plan, stride(p, plan), params, workspace);
   });
 }
 

@@ -1,20 +1,23 @@
 // Training-mode forward pass in one launch:
 //
 //   for each slab of its team, a block
-//     - reads its share of x once, into registers, and takes their moments around the pivot
+//     - reads its share of x once, into registers, and takes their moments around the pivot; where
+//       that is more than the registers hold, round after round, of which plan.retained before the
+//       last one go on to shared memory
 //     - meets the other blocks of the team, if any, and merges all their moments in rank order;
 //       with plan.prefetch its share of the next slab is on its way to shared memory meanwhile
 //     - computes r and d; the first block of the team moves the running statistics
-//     - normalises what its registers still hold and writes y
+//     - normalises what its registers and its shared memory still hold and writes y
 //
-// 1 read + 1 write of x is the floor, and it is met as long as a slab fits the registers of a team
-// (plan.rounds == 1). Otherwise all rounds but the last are read again, newest first, so that L2
-// still has as much of them as it can hold.
+// 1 read + 1 write of x is the floor, and it is met as long as a slab fits the registers and the
+// shared memory of a team (plan.rounds == 1 + plan.retained). Otherwise the other rounds are read
+// again, newest first, so that L2 still has as much of them as it can hold.
 #include "barrier.cuh"
 #include "launch.cuh"
 #include "launch.h"
 #include "moments.cuh"
 #include "prefetch.cuh"
+#include "retain.cuh"
 #include "slab.cuh"
 #include "step.cuh"
 #include "tile.cuh"
@@ -87,8 +90,13 @@ __device__ __forceinline__ void commit_if_finite(const ForwardParams& params, co
   }
 }
 
+// The planner counts on blocks_per_sm(). Slots of two bytes leave registers for a block more, which
+// they need: 16 of them a thread are 8 KB in flight a block, where an SM takes about 26 at a time.
 template <typename T, Layout kLayout, int kSlotBytes>
-__global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
+constexpr int kBlocks = kSlotBytes == 2 ? 4 : blocks_per_sm(kLayout, sizeof(T));
+
+template <typename T, Layout kLayout, int kSlotBytes>
+__global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>))
     forward_kernel(Problem p, Plan plan, Stride stride, ForwardParams params, Workspace workspace) {
   using Slot = brn::Slot<T, kSlotBytes>;
   using Real = RealOf<T>;
@@ -96,6 +104,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
   using Next = Prefetch<Slot, kSlots, 1>;
+  using Kept = Retained<Slot, kSlots, 1>;
   __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
   __shared__ ChannelState<Real> states[kSlab];
   __shared__ Affine<Real> affines[kSlab];
@@ -137,13 +146,15 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
       const int left = in_range ? walk.left(piece) : 0;
       Cursor cursor = walk.begin(p, piece);
-      if (round + 1 < plan.rounds) {
+      const bool retained = plan.retains(round);
+      if (round + 1 < plan.rounds && !retained) {
         load_tile<Slot, Reuse::kAgain>(tile, x, left, cursor, walk);
       } else if (fetched) {
         Next::take(left, walk, tile);
       } else {
         load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
       }
+      if (retained) Kept::keep(plan.retained_place(round), tile);
       if (round == 0 && !fetched) read_state();
       moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
     }
@@ -187,7 +198,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       const int left = in_range ? walk.left(piece) : 0;
       Cursor cursor = walk.begin(p, piece);
       forget_the_way(cursor);
-      if (round + 1 < plan.rounds) {
+      if (plan.retains(round)) {
+        Kept::take(plan.retained_place(round), tile);
+      } else if (round + 1 < plan.rounds) {
         Cursor again = cursor;
         load_tile<Slot, Reuse::kOnce>(tile, x, left, again, walk);
       }
@@ -219,8 +232,9 @@ int launch_forward(const Problem& p, const Plan& plan, const ForwardParams& para
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
     static Allowed allowed;
-    return launch_prefetching(allowed, forward_kernel<typename V::T, V::kLayout, V::kSlotBytes>,
-                              plan, stream, p, plan, stride(p, plan), params, workspace);
+    return launch_meeting(allowed, dynamic_shared_bytes(plan, Pass::kForward),
+                          forward_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, stream, p,
+                          plan, stride(p, plan), params, workspace);
   });
 }
 

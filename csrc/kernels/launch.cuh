@@ -8,9 +8,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstddef>
-#include <cstdint>
+#include <map>
+#include <mutex>
 
 namespace brn {
 
@@ -84,27 +84,39 @@ cudaError_t launch(void (*kernel)(Expected...), const Plan& plan, bool cooperati
   return launch_with(0, kernel, plan, cooperative, stream, args...);
 }
 
-// The devices, by their bits, on which a kernel may have kPrefetchBytes.
-using Allowed = std::atomic<std::uint64_t>;
-
-// As launch(), of a kernel that follows plan.prefetch. With its static arrays that is more than the
-// 48 KB that every kernel may have, so it is allowed once a device: no work for a stream, and so
-// nothing that a capture would refuse or record.
-template <typename... Expected, typename... Actual>
-cudaError_t launch_prefetching(Allowed& allowed, void (*kernel)(Expected...), const Plan& plan,
-                               cudaStream_t stream, const Actual&... args) {
-  const bool cooperative = plan.team > 1;
-  if (plan.prefetch == 0) return launch(kernel, plan, cooperative, stream, args...);
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
-  if (error == cudaSuccess && (allowed.load(std::memory_order_relaxed) & bit) == 0) {
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPrefetchBytes);
-    if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+// The shared memory that a kernel may ask for, by device. Every kernel may have 48 KB, its static
+// arrays included; for more it has to be allowed once: no work for a stream, and so nothing that a
+// capture would refuse or record.
+class Allowed {
+ public:
+  // The most that any launch has asked for stays allowed, whatever another one asks for meanwhile.
+  template <typename Kernel>
+  cudaError_t at_least(int bytes, Kernel* kernel) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int& most = most_[device];
+    if (bytes <= most) return cudaSuccess;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess) most = bytes;
+    return error;
   }
-  if (error != cudaSuccess) return error;
-  return launch_with(kPrefetchBytes, kernel, plan, cooperative, stream, args...);
+
+ private:
+  std::mutex mutex_;
+  std::map<int, int> most_;
+};
+
+// As launch(), of a kernel whose blocks may meet and that takes these bytes of shared memory.
+template <typename... Expected, typename... Actual>
+cudaError_t launch_meeting(Allowed& allowed, int shared_bytes, void (*kernel)(Expected...),
+                           const Plan& plan, cudaStream_t stream, const Actual&... args) {
+  if (shared_bytes > 0) {
+    const cudaError_t error = allowed.at_least(shared_bytes, kernel);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_with(shared_bytes, kernel, plan, plan.team > 1, stream, args...);
 }
 
 }  // namespace brn

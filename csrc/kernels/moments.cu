@@ -92,8 +92,9 @@ int launch_moments(const Problem& p, const Plan& plan, const MomentsParams& para
   return dispatch(p, plan, [&](auto variant) {
     using V = decltype(variant);
     static Allowed allowed;
-    return launch_prefetching(allowed, moments_kernel<typename V::T, V::kLayout, V::kSlotBytes>,
-                              plan, stream, p, plan, stride(p, plan), params, workspace);
+    return launch_meeting(allowed, plan.prefetch * kPrefetchBytes,
+                          moments_kernel<typename V::T, V::kLayout, V::kSlotBytes>, plan, stream, p,
+                          plan, stride(p, plan), params, workspace);
   });
 }
 

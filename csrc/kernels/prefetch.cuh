@@ -11,6 +11,7 @@
 #pragma once
 
 #include "../core/plan.h"
+#include "shared.cuh"
 #include "slab.cuh"
 #include "vector.cuh"
 
@@ -33,16 +34,6 @@ constexpr bool kPrefetches = false;
 template <typename Slot>
 constexpr bool kPrefetches = sizeof(typename Slot::Bits) == Slot::kBytes;
 #endif
-
-// The launch's kPrefetchBytes. The hardware places them behind the static arrays.
-__device__ __forceinline__ unsigned char* prefetch_buffer() {
-#if defined(__CUDACC__)
-  extern __shared__ uint4 buffer[];
-  return reinterpret_cast<unsigned char*>(buffer);
-#else
-  return static_cast<unsigned char*>(::simt::dynamic_shared());
-#endif
-}
 
 // Marked like a load with __ldcs: what is read once must not push other tensors out of L2.
 template <int kBytes>
@@ -122,11 +113,8 @@ class Prefetch {
   }
 
  private:
-  // Neighbouring threads side by side, so that a warp reads each bank once. A full block's stride
-  // whatever the plan's: it is a constant.
   __device__ __forceinline__ static unsigned char* place(int tensor, int v) {
-    return prefetch_buffer() +
-           ((tensor * kSlots + v) * kMaxThreads + static_cast<int>(threadIdx.x)) * Slot::kBytes;
+    return shared_place<Slot::kBytes>(tensor * kSlots + v);
   }
 };
 

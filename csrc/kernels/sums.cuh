@@ -52,17 +52,23 @@ __device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
   return sums;
 }
 
-// What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
-// records in the same order. While it waits for them it does `meanwhile`.
-template <typename Real, typename Meanwhile = Nothing>
-__device__ __forceinline__ Sums<Real> team_sums(Sums<Real> mine, const Plan& plan, int channels,
-                                                int team, int rank, int parity,
+// What the whole team holds of slab channel c, in thread c, from the sums of each thread. Every
+// block computes it, from the same records in the same order. While it waits for them, what it has
+// of these two tensors in the next slab is on its way, if the plan says so.
+template <typename Next, typename Real, int kChannels, typename Walk, typename T>
+__device__ __forceinline__ Sums<Real> slab_sums(const SumsOf<Real, kChannels>& sums,
+                                                const Problem& p, const Plan& plan, int slab,
+                                                int channels, const Walk& walk, int parity,
                                                 const Workspace& workspace, Sums<Real>* records,
-                                                Meanwhile meanwhile = {}) {
-  const Partials<Real> partials(workspace, plan, channels, team, parity);
+                                                const T* x, const T* dy) {
+  const Sums<Real> mine = block_merge(sums, plan.columns, plan.threads, records);
+  if (plan.team == 1) return mine;
+  const Partials<Real> partials(workspace, plan, channels, walk.team(), parity);
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < channels) partials.publish(rank, thread, mine.g, mine.gx);
-  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);
+  if (thread < channels) partials.publish(walk.rank(), thread, mine.g, mine.gx);
+  team_barrier(barrier_line(workspace, walk.team()), plan.team, walk.rank(), [&] {
+    if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, x, dy);
+  });
 
   SumsOf<Real, 1> part = SumsOf<Real, 1>::empty();
   for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {

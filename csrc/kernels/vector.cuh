@@ -67,16 +67,28 @@ __device__ __forceinline__ Words<(kBytes + 3) / 4> load_words(const void* p) {
   }
 }
 
-template <int kBytes>
+// Where a slot is stored to.
+enum class Memory { kGlobal, kShared };
+
+template <Memory kMemory, typename V>
+__device__ __forceinline__ void store_bits(void* p, V v) {
+  if constexpr (kMemory == Memory::kShared) {
+    *static_cast<V*>(p) = v;
+  } else {
+    __stcs(static_cast<V*>(p), v);
+  }
+}
+
+template <int kBytes, Memory kMemory>
 __device__ __forceinline__ void store_words(void* p, const Words<(kBytes + 3) / 4>& bits) {
   if constexpr (kBytes == 16) {
-    __stcs(static_cast<uint4*>(p), make_uint4(bits.w[0], bits.w[1], bits.w[2], bits.w[3]));
+    store_bits<kMemory>(p, make_uint4(bits.w[0], bits.w[1], bits.w[2], bits.w[3]));
   } else if constexpr (kBytes == 8) {
-    __stcs(static_cast<uint2*>(p), make_uint2(bits.w[0], bits.w[1]));
+    store_bits<kMemory>(p, make_uint2(bits.w[0], bits.w[1]));
   } else if constexpr (kBytes == 4) {
-    __stcs(static_cast<unsigned*>(p), bits.w[0]);
+    store_bits<kMemory>(p, bits.w[0]);
   } else {
-    __stcs(static_cast<unsigned short*>(p), static_cast<unsigned short>(bits.w[0]));
+    store_bits<kMemory>(p, static_cast<unsigned short>(bits.w[0]));
   }
 }
 
@@ -137,6 +149,10 @@ struct Slot {
     return load_words<kSlotBytes, Reuse::kShared>(p);
   }
 
+  __device__ __forceinline__ static void store_shared(void* p, const Bits& bits) {
+    store_words<kSlotBytes, Memory::kShared>(p, bits);
+  }
+
   __device__ __forceinline__ static Bits zero() { return Bits{}; }
 
   __device__ __forceinline__ static void unpack(const Bits& bits, Real (&value)[kLanes]) {
@@ -170,7 +186,7 @@ struct Slot {
 #pragma unroll
       for (int k = 0; k < kLanes / 2; ++k) bits.w[k] = narrow<T>(value[2 * k], value[2 * k + 1]);
     }
-    store_words<kSlotBytes>(p, bits);
+    store_words<kSlotBytes, Memory::kGlobal>(p, bits);
   }
 };
 

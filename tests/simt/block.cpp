@@ -177,6 +177,12 @@ void Block::may_be_preempted() {
   switch_fiber(current_->fiber, scheduler_);
 }
 
+void* Block::dynamic_shared(Site site, std::size_t offset, std::size_t size) {
+  if (offset + size > launch_->dynamic_shared)
+    fail(site, "a place beyond the block's dynamic shared memory");
+  return static_cast<char*>(dynamic_shared_) + offset;
+}
+
 void Block::issue_copy(Site site, const Copy& copy) {
   const auto begin = reinterpret_cast<std::uintptr_t>(dynamic_shared_);
   const auto to = reinterpret_cast<std::uintptr_t>(copy.to);
@@ -314,7 +320,9 @@ std::uint64_t exchange(Site site, Operation operation, unsigned mask, std::uint6
 void sync_block(Site site) { block->sync(site); }
 void spin_pause(Site site) { block->wait(kSpinning, site, Operation::kPause); }
 void may_be_preempted() { block->may_be_preempted(); }
-void* dynamic_shared() { return block->dynamic_shared(); }
+void* dynamic_shared(std::size_t offset, std::size_t size, const char* file, int line) {
+  return block->dynamic_shared({file, line}, offset, size);
+}
 void issue_copy(Site site, const Copy& copy) { block->issue_copy(site, copy); }
 bool next_landing(Site site, Copy& copy) { return block->next_landing(site, copy); }
 void fail(Site site, const std::string& what) { block->fail(site, what); }

@@ -56,7 +56,7 @@ class Block {
   std::uint64_t exchange(Site site, Operation operation, unsigned mask, std::uint64_t value,
                          int source);
   void may_be_preempted();
-  void* dynamic_shared() const { return dynamic_shared_; }
+  void* dynamic_shared(Site site, std::size_t offset, std::size_t size);
   void issue_copy(Site site, const Copy& copy);
   bool next_landing(Site site, Copy& copy);
   [[noreturn]] void fail(Site site, const std::string& what);

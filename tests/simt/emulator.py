@@ -95,12 +95,13 @@ class Plan:
     team: int
     teams: int
     rounds: int
+    retained: int
     prefetch: int
     share: int
     slabs: int
 
     def fields(self) -> ctypes.Array:
-        return (ctypes.c_int64 * 10)(*(getattr(self, f.name) for f in fields(self)))
+        return (ctypes.c_int64 * 11)(*(getattr(self, f.name) for f in fields(self)))
 
     @property
     def blocks(self) -> int:
@@ -229,6 +230,7 @@ class Emulator:
         self.library = ctypes.CDLL(str(path))
         self.library.simt_last_error.restype = ctypes.c_char_p
         self.library.simt_estimate.restype = ctypes.c_double
+        self.library.simt_last_dynamic_shared.restype = ctypes.c_int64
         self.library.simt_guard.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self.sm_count = 4
         self.blocks_per_sm = 0  # 0: what the kernels promise
@@ -236,19 +238,26 @@ class Emulator:
         self.control = np.zeros(1 << 15, np.uint32)
 
     def plan(self, which: Pass, problem: Problem, sm_count: int | None = None) -> Plan:
-        out = (ctypes.c_int64 * 10)()
+        out = (ctypes.c_int64 * 11)()
         sms = self.sm_count if sm_count is None else sm_count
         self.library.simt_plan(int(which), problem.fields(), sms, out)
         return Plan(*out)
 
-    def cut(self, problem: Problem, sm_count: int | None = None, **choice: int) -> Plan:
-        """The plan with this slot_bytes, columns, slots, threads and team."""
+    def cut(
+        self, which: Pass, problem: Problem, sm_count: int | None = None, **choice: int
+    ) -> Plan:
+        """The plan with this slot_bytes, columns, slots, threads and team, and, as far as they can
+        be had, retained and prefetch."""
         out = Plan(**{**dict.fromkeys((f.name for f in fields(Plan)), 0), **choice}).fields()
-        self.library.simt_cut(problem.fields(), sm_count or self.sm_count, out)
+        self.library.simt_cut(int(which), problem.fields(), sm_count or self.sm_count, out)
         return Plan(*out)
 
     def estimate(self, which: Pass, problem: Problem, plan: Plan, sm_count: int) -> float:
         return self.library.simt_estimate(int(which), problem.fields(), sm_count, plan.fields())
+
+    def last_dynamic_shared(self) -> int:
+        """Bytes of dynamic shared memory that a block of the last launch had."""
+        return self.library.simt_last_dynamic_shared()
 
     def workspace_bytes(self, problem: Problem, plan: Plan) -> tuple[int, int, int]:
         """Of control words, partial results and proposals."""
@@ -461,7 +470,7 @@ class Emulator:
         weight: np.ndarray | None = None,
     ) -> np.ndarray:
         """dx [N, C, S], with the sums and the count of all ranks."""
-        fields_ = (ctypes.c_int64 * 10)()
+        fields_ = (ctypes.c_int64 * 11)()
         self.library.simt_plan_backward_project(problem.fields(), self.sm_count, fields_)
         plan = Plan(*fields_)
         arena = Arena(self.library)

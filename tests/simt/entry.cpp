@@ -52,15 +52,16 @@ Plan plan_of(const std::int64_t* f) {
   p.team = static_cast<int>(f[4]);
   p.teams = static_cast<int>(f[5]);
   p.rounds = static_cast<int>(f[6]);
-  p.prefetch = static_cast<int>(f[7]);
-  p.share = f[8];
-  p.slabs = f[9];
+  p.retained = static_cast<int>(f[7]);
+  p.prefetch = static_cast<int>(f[8]);
+  p.share = f[9];
+  p.slabs = f[10];
   return p;
 }
 
 void write_plan(const Plan& p, std::int64_t* f) {
-  const std::int64_t fields[] = {p.slot_bytes, p.columns, p.slots,    p.threads, p.team,
-                                 p.teams,      p.rounds,  p.prefetch, p.share,   p.slabs};
+  const std::int64_t fields[] = {p.slot_bytes, p.columns,  p.slots,    p.threads, p.team, p.teams,
+                                 p.rounds,     p.retained, p.prefetch, p.share,   p.slabs};
   std::copy(std::begin(fields), std::end(fields), f);
 }
 
@@ -81,6 +82,10 @@ void simt_select_blocks(unsigned first, unsigned count) { simt::select_blocks(fi
 
 const char* simt_last_error() { return simt::last_error(); }
 
+std::int64_t simt_last_dynamic_shared() {
+  return static_cast<std::int64_t>(simt::last_dynamic_shared());
+}
+
 void simt_plan(int pass, const std::int64_t* problem, int sm_count, std::int64_t* plan) {
   const Problem p = problem_of(problem);
   const Device device{sm_count};
@@ -95,10 +100,11 @@ void simt_plan_backward_project(const std::int64_t* problem, int sm_count, std::
   write_plan(plan_backward_project(problem_of(problem), {sm_count}), plan);
 }
 
-// Completes a choice of slot, columns, slots, threads and team, so that a test can reach plans that
-// its small tensors would not get from the planner.
-void simt_cut(const std::int64_t* problem, int sm_count, std::int64_t* plan) {
-  write_plan(cut(problem_of(problem), {sm_count}, plan_of(plan)), plan);
+// Completes a choice of slot, columns, slots, threads, team and what is in shared memory, so that a
+// test can reach plans that its small tensors would not get from the planner.
+void simt_cut(int pass, const std::int64_t* problem, int sm_count, std::int64_t* plan) {
+  const Pass which = static_cast<Pass>(pass);
+  write_plan(cut(problem_of(problem), {sm_count}, which, plan_of(plan)), plan);
 }
 
 double simt_estimate(int pass, const std::int64_t* problem, int sm_count,

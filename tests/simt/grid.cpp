@@ -119,6 +119,7 @@ class Worker {
   // Each begins with a page that cannot be touched, so that an overflow ends the process.
   void reserve_stacks(unsigned threads) {
     if (threads <= stack_count_) return;
+    forget_stacks();  // whatever comes to lie there next is not theirs
     if (stacks_ != nullptr) munmap(stacks_, stack_count_ * kStack);
     void* memory = mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -170,6 +171,7 @@ class Pool {
 std::mutex launching;  // one grid at a time, as on one stream
 Settings settings;
 std::string error;
+std::size_t last_shared = 0;
 std::map<const void*, std::size_t> allowed;  // dynamic shared memory, by kernel
 
 }  // namespace
@@ -187,6 +189,8 @@ void select_blocks(unsigned first, unsigned count) {
 
 const char* last_error() { return error.c_str(); }
 
+std::size_t last_dynamic_shared() { return last_shared; }
+
 void allow_dynamic_shared(const void* kernel, std::size_t bytes) {
   std::unique_lock<std::mutex> lock(launching);
   allowed[kernel] = bytes;
@@ -202,6 +206,7 @@ int run_grid(unsigned blocks, unsigned threads, std::size_t dynamic_shared, bool
              void (*body)(void*), void* arguments) {
   std::unique_lock<std::mutex> lock(launching);
   error.clear();
+  last_shared = dynamic_shared;
   const std::uint64_t selected_end = std::uint64_t{settings.first_block} + settings.block_count;
   if (blocks == 0 || blocks > 0x7fffffffu || threads == 0 || threads > kMaxThreads ||
       threads % kWarp != 0 || selected_end > blocks) {

@@ -40,7 +40,8 @@ SCHEDULES = [
 ]
 
 # Problem, SMs, choice: one block a slab, teams with several slabs each, several rounds, stripes
-# that end beyond C, the same with the next slab on its way.
+# that end beyond C, the same with the next slab on its way, several rounds in shared memory: all,
+# and all but a ragged one.
 CASES = [
     (Problem(3, 5, 49), 4, {}),
     (Problem(6, 7, 200), 2, {"threads": 64, "team": 3}),
@@ -50,6 +51,9 @@ CASES = [
     (Problem(2, 40, 16), 1, {}),
     (Problem(6, 7, 200), 2, {"threads": 64, "team": 3, "prefetch": 1}),
     (Problem(5, 65, 49, Layout.LAST), 2, {"columns": 8, "threads": 64, "team": 2, "prefetch": 1}),
+    (Problem(5, 5, 1000), 2, {"threads": 64, "team": 2, "retained": 9}),
+    (Problem(13, 5, 1000), 2, {"threads": 64, "team": 2, "retained": 2}),
+    (Problem(40, 40, 49, Layout.LAST), 2, {"columns": 8, "threads": 64, "team": 2, "retained": 2}),
 ]
 
 
@@ -164,8 +168,11 @@ def main() -> None:
         plan = emulator.plan(which, problem)
         if choice:
             made = {"columns": plan.columns, "threads": plan.threads, "team": plan.team, **choice}
-            plan = emulator.cut(problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made)
+            plan = emulator.cut(
+                which, problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made
+            )
             assert plan.prefetch == choice.get("prefetch", 0)
+            assert (plan.retained > 0) == ("retained" in choice)
         first = None
         for emulator.schedule in schedules:
             try:

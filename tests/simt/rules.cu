@@ -75,7 +75,7 @@ __global__ void takes_tickets(unsigned* out) {
   }
 }
 
-__device__ unsigned* buffer() { return static_cast<unsigned*>(::simt::dynamic_shared()); }
+__device__ unsigned* buffer() { return static_cast<unsigned*>(::simt::dynamic_shared(0, 4)); }
 
 __global__ void copies(unsigned* out) {
   __pipeline_memcpy_async(buffer() + threadIdx.x, out + 63, 4);
@@ -114,6 +114,10 @@ __global__ void copies_beyond_its_memory(unsigned* out) {
   __pipeline_wait_prior(0);
 }
 
+__global__ void reaches_beyond_its_memory(unsigned* out) {
+  out[blockIdx.x] = *static_cast<unsigned*>(::simt::dynamic_shared(threadIdx.x * 4 + 4, 4));
+}
+
 void (*const kKernels[])(unsigned*) = {
     obeys,
     reads_shared_memory_that_nobody_wrote,
@@ -131,6 +135,7 @@ void (*const kKernels[])(unsigned*) = {
     overwrites_what_it_copies,
     copies_twice_to_one_place,
     copies_beyond_its_memory,
+    reaches_beyond_its_memory,
 };
 
 }  // namespace

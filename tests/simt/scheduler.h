@@ -32,6 +32,9 @@ void select_blocks(unsigned first, unsigned count);
 // Why the last launch on this OS thread failed; empty if it did not.
 const char* last_error();
 
+// Bytes of dynamic shared memory that a block of the last launch had.
+std::size_t last_dynamic_shared();
+
 // Where in the source a thread stands.
 struct Site {
   const char* file;
@@ -62,8 +65,9 @@ inline void check_access(Site site, const void* p, std::size_t alignment) {
   if (reinterpret_cast<std::uintptr_t>(p) % alignment != 0) fail(site, "misaligned access");
 }
 
-// The block's dynamic shared memory.
-void* dynamic_shared();
+// Where these bytes of the block's dynamic shared memory are. It has to have them.
+void* dynamic_shared(std::size_t offset, std::size_t size, const char* file = __builtin_FILE(),
+                     int line = __builtin_LINE());
 
 // An asynchronous copy into it, of `size` bytes, is recorded when it is issued and lands when the
 // thread that issued it waits: what lies between sees neither the old bytes there nor the new ones.
