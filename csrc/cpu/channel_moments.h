@@ -97,12 +97,22 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, st
   return {count, mean, sum_across(deviations.products)};
 }
 
+// Of all channels of a part that is brief. A loop of its own has registers enough: forward of (1,
+// 2048, 7, 7) float32, 73 us, and 76 with the other channels' in it.
+template <typename T>
+void brief_channel_moments(const Part& part, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
+                           RealOf<T>* m2) {
+  for (std::int64_t w = 0; w < part.width; ++w) {
+    const auto moments = brief_moments(part, w, x, Lanes<T>::of(pivot[w]));
+    mean[w] = moments.mean;
+    m2[w] = moments.m2;
+  }
+}
+
 template <bool kAlong, typename T>
 BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, std::int64_t w,
-                                                              bool brief, const T* x,
-                                                              RealOf<T> pivot) {
+                                                              const T* x, RealOf<T> pivot) {
   const Lanes<T> pivots = Lanes<T>::of(pivot);
-  if (brief) return brief_moments(part, w, x, pivots);
   ChannelMoments<T> moments(pivots, first_vector(part, w, x));
   const auto add = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     fetch_plane(part, x + at + part.plane);

@@ -87,21 +87,28 @@ BRN_LANES LaneSums<T> brief_products(const Part& part, std::int64_t w, const T* 
       });
 }
 
-template <bool kAlong, typename T>
-BRN_LANES void channel_sums(const Part& part, std::int64_t w, bool brief, const T* dy, const T* x,
-                            const RealOf<T>* centres, const SumRows<RealOf<T>>& rows) {
-  using Real = RealOf<T>;
-  const auto keep = [&](double g, double gx) BRN_INLINED {
-    rows.g[w] = static_cast<Real>(g);
-    rows.g_error[w] = static_cast<Real>(g - static_cast<double>(rows.g[w]));
-    rows.gx[w] = static_cast<Real>(gx);
-    rows.gx_error[w] = static_cast<Real>(gx - static_cast<double>(rows.gx[w]));
-  };
-  const Lanes<T> centre = Lanes<T>::of(centres[w]);
-  if (brief) {
-    const LaneSums<T> sums = brief_products(part, w, dy, x, centre);
-    return keep(sum_in_double(sums.values), sum_in_double(sums.products));
+template <typename Real>
+BRN_LANES void keep_sums(const SumRows<Real>& rows, std::int64_t w, double g, double gx) {
+  rows.g[w] = static_cast<Real>(g);
+  rows.g_error[w] = static_cast<Real>(g - static_cast<double>(rows.g[w]));
+  rows.gx[w] = static_cast<Real>(gx);
+  rows.gx_error[w] = static_cast<Real>(gx - static_cast<double>(rows.gx[w]));
+}
+
+// Of all channels of a part that is brief.
+template <typename T>
+void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
+                        const SumRows<RealOf<T>>& rows) {
+  for (std::int64_t w = 0; w < part.width; ++w) {
+    const LaneSums<T> sums = brief_products(part, w, dy, x, Lanes<T>::of(centres[w]));
+    keep_sums(rows, w, sum_in_double(sums.values), sum_in_double(sums.products));
   }
+}
+
+template <bool kAlong, typename T>
+BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const T* x,
+                            const RealOf<T>* centres, const SumRows<RealOf<T>>& rows) {
+  const Lanes<T> centre = Lanes<T>::of(centres[w]);
   ChannelSums<T> sums{centre};
   const auto add = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     fetch_plane(part, dy + at + part.plane);
@@ -110,7 +117,7 @@ BRN_LANES void channel_sums(const Part& part, std::int64_t w, bool brief, const 
   };
   for_each_run(part, w, part.begin, part.end, add);
   if (sums.chains.vectors > 0) sums.close();
-  keep(sum_in_double(sums.g), sum_in_double(sums.gx));
+  keep_sums(rows, w, sum_in_double(sums.g), sum_in_double(sums.gx));
 }
 
 }  // namespace
