@@ -146,14 +146,17 @@ BRN_LANES Lanes<BFloat16> load(const BFloat16* x) {
 
 // Rounded to nearest, ties to even, both elements of a word at once: the upper halves, and one more
 // where the lower half is more than half of a last place, or just that above an odd one. A NaN has
-// no bits in its lower half: x and dy bring none, and arrange() takes them from parameters.
+// no bits in its lower half: x and dy bring none, and arrange() takes them from parameters. With
+// vectors of 64 bytes a comparison makes a mask register, and the sum takes it as it is: forward of
+// (4, 64, 112, 112), 508 us, and 544 by way of a vector of it, as the others have it anyway.
 BRN_LANES Words packed(Lanes<BFloat16> lanes) {
   const Words even = bits_of<Words>(lanes.v[0]);
   const Words odd = bits_of<Words>(lanes.v[1]);
   const auto upper = bits_of<HalfWords>((even >> 16) | (odd & 0xffff0000u));
   const auto lower = bits_of<HalfWords>((even & 0x0000ffffu) | (odd << 16));
-  const auto half = 0x8000 - (upper & 1);
-  return bits_of<Words>(upper - bits_of<HalfWords>(lower > half));
+  const auto up = (lower | (upper & 1)) > 0x8000;
+  if constexpr (BRN_VECTOR_BYTES == 64) return bits_of<Words>(up ? upper + 1 : upper);
+  return bits_of<Words>(upper - bits_of<HalfWords>(up));
 }
 
 // From the upper half of each word. The exponent is rebased by a multiplication, which is exact and
