@@ -109,26 +109,39 @@ class CudaSampler:
         return start.elapsed_time(stop) * 1e-3 / self.calls
 
 
+class Rotation:
+    """Which of the sets of inputs is next: the one that was used longest ago, by any provider. With
+    a rotation each, they would use the same one in turn, and find it where the other has left
+    it."""
+
+    def __init__(self, sets: int) -> None:
+        self._sets, self._next = sets, 0
+
+    def take(self, calls: int) -> range:
+        """The next ones, as indices modulo the number of sets."""
+        begin = self._next
+        self._next = (begin + calls) % self._sets
+        return range(begin, begin + calls)
+
+
 class CpuSampler:
     """One sample is a loop of at least two milliseconds, in seconds a call."""
 
     LEAST_SECONDS = 2e-3
 
-    def __init__(self, layer: providers.Layer, op: str, inputs: list, hot: bool) -> None:
+    def __init__(self, layer: providers.Layer, op: str, inputs: list, rotation: Rotation) -> None:
         self._operations = [providers.operation(layer, op, x, dy) for x, dy in inputs]
-        self._next, self.calls, self.method = 0, 1, "clock"
+        self._rotation, self.calls, self.method = rotation, 1, "clock"
         self.sample()
         while (seconds := self.sample()) * self.calls < self.LEAST_SECONDS:
             self.calls = max(self.calls + 1, math.ceil(1.5 * self.LEAST_SECONDS / seconds))
 
     def sample(self) -> float:
-        operations, at, calls = self._operations, self._next, self.calls
+        operations, taken = self._operations, self._rotation.take(self.calls)
         begin = time.perf_counter()
-        for i in range(at, at + calls):
+        for i in taken:
             operations[i % len(operations)]()
-        seconds = time.perf_counter() - begin
-        self._next = (at + calls) % len(operations)
-        return seconds / calls
+        return (time.perf_counter() - begin) / self.calls
 
 
 def _timing(samples: list[float], method: str) -> Timing:
@@ -163,12 +176,15 @@ def time_operation(
 ) -> dict[str, Timing | Exception]:
     """A timing for each provider, or the exception that it raised."""
     inputs = inputs_of(problem, device, sets_needed(problem, device, hot))
-    sampler_type = CudaSampler if device.type == "cuda" else CpuSampler
+    rotation = Rotation(len(inputs))
     samplers, found = {}, {}
     for name in names:
         try:
             layer = providers.PROVIDERS[name].make(problem, device)
-            samplers[name] = sampler_type(layer, op, inputs, hot)
+            if device.type == "cuda":
+                samplers[name] = CudaSampler(layer, op, inputs, hot)
+            else:
+                samplers[name] = CpuSampler(layer, op, inputs, rotation)
         except Exception as error:  # a provider that fails must not take the others with it
             found[name] = error
     counts = {}

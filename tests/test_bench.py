@@ -97,6 +97,27 @@ def test_inputs_rotate_past_the_cache():
     assert timing.sets_needed(huge, CPU, hot=False) == 2
 
 
+def test_no_provider_uses_the_inputs_that_another_has_just_used():
+    """Of two that took the same inputs in turn, each would time how fast the cache is."""
+    used = []
+
+    def layer(x):
+        used.append(x.data_ptr())
+        return x
+
+    inputs = [(torch.zeros(1), torch.zeros(1)) for _ in range(4)]
+    order = [x.data_ptr() for x, _ in inputs]
+    rotation = timing.Rotation(len(inputs))
+    fake = providers.Layer(layer, layer, ())
+    samplers = [timing.CpuSampler(fake, "inference", inputs, rotation) for _ in "ab"]
+    samplers[0].calls, samplers[1].calls = 3, 2
+    used.clear()
+    for i in (0, 1, 1, 0):
+        samplers[i].sample()
+    begin = order.index(used[0])
+    assert used == [order[(begin + i) % 4] for i in range(10)]
+
+
 def test_providers_take_turns_and_the_order_alternates():
     order = []
 
