@@ -118,7 +118,7 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, 
     fetch_plane(part, x + at + part.plane);
     moments.template add_run<kAlong>(x + at, length, next);
   };
-  for_each_run(part, w, part.begin, part.end, add);
+  for_each_run(part, w, add);
   if (moments.chains.vectors > 0) moments.close();
   return moments.across(static_cast<RealOf<T>>(part.end - part.begin));
 }

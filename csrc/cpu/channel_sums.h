@@ -115,7 +115,7 @@ BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const
     fetch_plane(part, x + at + part.plane);
     sums.template add_run<kAlong>(dy + at, x + at, length, next);
   };
-  for_each_run(part, w, part.begin, part.end, add);
+  for_each_run(part, w, add);
   if (sums.chains.vectors > 0) sums.close();
   keep_sums(rows, w, sum_in_double(sums.g), sum_in_double(sums.gx));
 }

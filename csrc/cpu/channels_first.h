@@ -51,7 +51,7 @@ BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
     if (ahead != 0) fetch_plane(part, x + at + ahead);
     cover<T>(at, length, whole, rest);
   };
-  for_each_run(part, w, part.begin, part.end, normalise);
+  for_each_run(part, w, normalise);
 }
 
 template <bool kAlong, typename T>
@@ -89,7 +89,7 @@ BRN_LANES void channel_project(const Part& part, std::int64_t w, const T* dy, co
     }
     cover<T>(at, length, whole, rest);
   };
-  for_each_run(part, w, part.begin, part.end, project);
+  for_each_run(part, w, project);
 }
 
 }  // namespace

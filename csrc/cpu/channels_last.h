@@ -17,7 +17,8 @@ template <typename T>
 void wide_moments(const Rows& rows, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
                   RealOf<T>* m2) {
   const ColumnMoments<T> totals{pivot, mean, m2};
-  are_side_by_side<T>(rows) ? tiled_moments(rows, x, totals) : moments_row_by_row(rows, x, totals);
+  are_reduced_together<T>(rows) ? tiled_moments(rows, x, totals)
+                                : moments_row_by_row(rows, x, totals);
   if (rows.count > 0) totals.spread(rows.width);
 }
 
@@ -25,8 +26,8 @@ template <typename T>
 void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centres,
                const SumRows<RealOf<T>>& out) {
   const ColumnSums<T> totals{out};
-  are_side_by_side<T>(rows) ? tiled_sums(rows, dy, x, centres, totals)
-                            : sums_row_by_row(rows, dy, x, centres, totals);
+  are_reduced_together<T>(rows) ? tiled_sums(rows, dy, x, centres, totals)
+                                : sums_row_by_row(rows, dy, x, centres, totals);
   if (rows.count > 0) totals.spread(rows.width);
 }
 
@@ -39,11 +40,11 @@ constexpr int kTogether = 4;
 
 template <typename T>
 struct Ahead {
-  std::int64_t elements = 2048 / sizeof(T);
+  std::int64_t elements;
   bool written = false;
 
-  BRN_LANES explicit Ahead(const Rows& rows) {
-    if (!are_side_by_side<T>(rows)) return;
+  BRN_LANES explicit Ahead(const Rows& rows) : elements(ahead_by<T>(rows, 2048)) {
+    if (!are_written_together<T>(rows)) return;
     if (elements < kTogether * rows.stride) elements = kTogether * rows.stride;
     written = rows.stride * sizeof(T) >= 512;
   }
@@ -60,7 +61,7 @@ BRN_LANES void for_each_vector(const Rows& rows, F f) {
     if (whole < rows.width) f(at + rows.width - kLanes<T>, height, whole);
   };
   std::int64_t row = 0;
-  if (are_side_by_side<T>(rows)) {
+  if (are_written_together<T>(rows)) {
     for (; row + kTogether <= rows.count; row += kTogether) each(row, kTogether);
   }
   for (; row < rows.count; ++row) each(row, 1);

@@ -27,8 +27,10 @@ struct Part {
   std::int64_t stride;   // elements from plane to plane, or in kChannelsLast from row to row
   std::int64_t begin;
   std::int64_t end;
-  std::int64_t next;  // kChannelsFirst: elements to the slab that is reduced next; 0: none
-  bool streamed;      // what is written goes past the caches, which are smaller
+  std::int64_t within;  // kChannelsFirst: of its plane, where it begins
+  std::int64_t offset;  // kChannelsFirst: elements from position 0 to where it begins
+  std::int64_t next;    // kChannelsFirst: elements to the slab that is reduced next; 0: none
+  bool streamed;        // what is written goes past the caches, which are smaller
 };
 
 // Parameters of `width` channels, as a struct of arrays.

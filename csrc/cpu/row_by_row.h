@@ -32,12 +32,12 @@ BRN_LANES void for_each_block(std::int64_t width, F f) {
 // and 2,129 without (one thread, Zen 3 with AVX2).
 template <typename T, typename Fetch, typename Each, typename Close>
 BRN_LANES void reduce_row_by_row(const Rows& rows, Fetch fetch, Each each, Close close) {
-  constexpr std::int64_t kAhead = 8192 / sizeof(T);
+  const std::int64_t two_pages = ahead_by<T>(rows, 8192);
   RealOf<T> values[kBlockColumns];
   RealOf<T> products[kBlockColumns];
   for (std::int64_t row = 0; row < rows.count; row += kRows) {
     const std::int64_t height = rows.count - row < kRows ? rows.count - row : kRows;
-    const std::int64_t ahead = height == kRows ? kAhead : 0;
+    const std::int64_t ahead = height == kRows ? two_pages : 0;
     for_each_block<T>(rows.width, [&](std::int64_t column, std::int64_t width,
                                       std::int64_t place) BRN_INLINED {
       const std::int64_t first = rows.first + row * rows.stride + column;

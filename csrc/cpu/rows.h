@@ -25,16 +25,32 @@ BRN_LANES Rows rows_of(const Part& part) {
 
 constexpr int kRows = 8;  // that are reduced before they are added to the columns' totals
 
-// Whether rows are read and written several at a time, which spares loads and stores of what a
-// column keeps. Memory, though, is read fastest in the order in which it lies. With vectors of 64
-// bytes, as long as its lines, the two do not differ; shorter ones come to a line twice. One
-// thread, AMD EPYC (Zen 3) with AVX2, side by side and row by row, us: (32, 128, 28, 28) float32,
-// forward 4,811 and 3,146, backward 8,029 and 4,552, inference 3,089 and 1,829; (32, 64, 56, 56)
-// bfloat16, rows of 128 bytes, forward 3,028 and 3,712, inference 2,022 and 2,547.
+// Whether rows are reduced several at a time, which spares loads and stores of what a column keeps.
+// Memory, though, is read fastest in the order in which it lies. With vectors of 64 bytes, as long
+// as its lines, the two do not differ; shorter ones come to a line twice. One thread, AMD EPYC (Zen
+// 3) with AVX2, side by side and row by row, us: (32, 128, 28, 28) float32, forward 4,811 and
+// 3,146, backward 8,029 and 4,552; (32, 64, 56, 56) bfloat16, rows of 128 bytes, forward 3,028 and
+// 3,712.
 template <typename T>
-BRN_LANES bool are_side_by_side(const Rows& rows) {
+BRN_LANES bool are_reduced_together(const Rows& rows) {
   constexpr std::int64_t kShort = 192 / sizeof(T);
   return BRN_VECTOR_BYTES == 64 || rows.width < kShort;
+}
+
+// Whether they are written several at a time, which spares loads of parameters. Inference, as
+// above: (32, 128, 28, 28) float32, 3,089 and 1,829, and bfloat16, rows of 256 bytes, 671 and 742;
+// (1, 2048, 7, 7) float32, where rows are cut into pieces, 62 and 71.
+template <typename T>
+BRN_LANES bool are_written_together(const Rows& rows) {
+  constexpr std::int64_t kShort = 256 / sizeof(T);
+  return BRN_VECTOR_BYTES == 64 || rows.width <= kShort || rows.width < rows.stride;
+}
+
+// Elements to what lies `bytes` further on among those of the rows, in whole rows.
+template <typename T>
+BRN_LANES std::int64_t ahead_by(const Rows& rows, std::int64_t bytes) {
+  const std::int64_t row = rows.width * static_cast<std::int64_t>(sizeof(T));
+  return (bytes + row - 1) / row * rows.stride;
 }
 
 // Values of columns lie vector by vector, in the order of lanes, at the place of their first

@@ -10,25 +10,21 @@
 namespace brn::cpu {
 namespace {
 
-// The element at which the slab's w-th channel has a position.
-BRN_LANES std::int64_t element_at(const Part& part, std::int64_t w, std::int64_t position) {
-  const std::int64_t plane = position < part.plane ? 0 : position / part.plane;
-  return part.first + w * part.plane + plane * part.stride + position - plane * part.plane;
+// The element with which the slab's w-th channel begins in the part.
+BRN_LANES std::int64_t begin_of(const Part& part, std::int64_t w) {
+  return part.first + w * part.plane + part.offset;
 }
 
-// Calls f(element, length, next) for the runs of the slab's w-th channel at the positions [begin,
-// end). `next` elements further on lies what is read after it: the channel's next plane, or the
-// next channel.
+// Calls f(element, length, next) for the runs of the slab's w-th channel. `next` elements further
+// on lies what is read after it: the channel's next plane, or the next channel.
 template <typename F>
-BRN_LANES void for_each_run(const Part& part, std::int64_t w, std::int64_t begin, std::int64_t end,
-                            F f) {
-  std::int64_t s = begin < part.plane ? begin : begin % part.plane;
-  std::int64_t plane = element_at(part, w, begin) - s;
-  for (std::int64_t left = end - begin; left > 0; plane += part.stride, s = 0) {
+BRN_LANES void for_each_run(const Part& part, std::int64_t w, F f) {
+  std::int64_t s = part.within;
+  std::int64_t plane = begin_of(part, w) - s;
+  for (std::int64_t left = part.end - part.begin; left > 0; plane += part.stride, s = 0) {
     const std::int64_t length = part.plane - s < left ? part.plane - s : left;
     left -= length;
-    const bool more = left > 0 || end < part.end;
-    f(plane + s, length, more ? part.stride : element_at(part, w + 1, part.begin) - (plane + s));
+    f(plane + s, length, left > 0 ? part.stride : begin_of(part, w + 1) - (plane + s));
   }
 }
 
@@ -37,14 +33,14 @@ BRN_LANES void for_each_run(const Part& part, std::int64_t w, std::int64_t begin
 template <typename T>
 BRN_LANES Lanes<T> first_vector(const Part& part, std::int64_t w, const T* x) {
   constexpr std::int64_t kStep = kLanes<T>;
-  const std::int64_t plane_left = part.plane - part.begin % part.plane;
+  const std::int64_t plane_left = part.plane - part.within;
   const std::int64_t left = part.end - part.begin;
   const std::int64_t length = plane_left < left ? plane_left : left;
-  const T* first = x + element_at(part, w, part.begin);
+  const T* first = x + begin_of(part, w);
   if (length >= kStep) return load(first);
   T buffer[kStep] = {};
   const std::int64_t more = left - length < part.plane ? left - length : part.plane;
-  const T* second = more > 0 ? x + element_at(part, w, part.begin + length) : first;
+  const T* second = first - part.within + part.stride;
   for (std::int64_t k = 0; k < kStep; ++k) {
     if (k < length) {
       buffer[k] = first[k];

@@ -59,17 +59,22 @@ struct Slabs {
   Part part(std::int64_t slab, std::int64_t j) const {
     const Problem& p = problem;
     const bool first = p.layout == Layout::kChannelsFirst;
-    const std::int64_t channel = slab * width;
-    return {p.layout,
-            channel,
-            slab + 1 < count ? width : p.channels - channel,
-            first ? channel * p.spatial : channel,
-            p.spatial,
-            first ? p.channels * p.spatial : p.channels,
-            j * share,
-            std::min((j + 1) * share, p.reduced()),
-            0,
-            p.elements() * size_of(p.dtype) > kStreamedBytes};
+    Part part;
+    part.layout = p.layout;
+    part.channel = slab * width;
+    part.width = slab + 1 < count ? width : p.channels - part.channel;
+    part.first = first ? part.channel * p.spatial : part.channel;
+    part.plane = p.spatial;
+    part.stride = first ? p.channels * p.spatial : p.channels;
+    part.begin = j * share;
+    part.end = std::min(part.begin + share, p.reduced());
+    // Here, since a division takes as long as a short run.
+    const std::int64_t planes = first ? part.begin / p.spatial : 0;
+    part.within = part.begin - planes * p.spatial;
+    part.offset = planes * part.stride + part.within;
+    part.next = 0;
+    part.streamed = p.elements() * size_of(p.dtype) > kStreamedBytes;
+    return part;
   }
 };
 
