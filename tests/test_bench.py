@@ -112,7 +112,7 @@ def test_no_provider_uses_the_inputs_that_another_has_just_used():
     samplers = [timing.CpuSampler(fake, "inference", inputs, rotation) for _ in "ab"]
     samplers[0].calls, samplers[1].calls = 3, 2
     used.clear()
-    for i in (0, 1, 1, 0):
+    for i in (0, 1, 0, 1):
         samplers[i].sample()
     begin = order.index(used[0])
     assert used == [order[(begin + i) % 4] for i in range(10)]
