@@ -33,9 +33,8 @@ struct ChannelMoments {
   BRN_LANES ChannelMoments(Lanes<T> pivots, Lanes<T> first)
       : pivot(pivots), mean(first - pivots), centre(centre_of(pivot, mean)) {}
 
-  BRN_LANES void close() {
-    const Lanes<T> made = Lanes<T>::of(static_cast<Real>(chains.vectors - tails)) + in_tails;
-    const LaneSums<T> sums = chains.take();
+  // What `made` elements of each lane come to around the centre, and their squares.
+  BRN_LANES void add_block(Lanes<T> made, LaneSums<T> sums) {
     const Lanes<T> d = sums.values - made * centre.residue;  // around pivot + mean
     const Lanes<T> dd = sums.products - (sums.values + d) * centre.residue;
     count += made;
@@ -43,6 +42,11 @@ struct ChannelMoments {
     mean += step;
     m2 += dd - d * step;
     centre = centre_of(pivot, mean);
+  }
+
+  BRN_LANES void close() {
+    const Lanes<T> made = Lanes<T>::of(static_cast<Real>(chains.vectors - tails)) + in_tails;
+    add_block(made, chains.take());
     in_tails = {};
     tails = 0;
   }
@@ -74,26 +78,35 @@ struct ChannelMoments {
   }
 };
 
+// Sums of deviations(v) over vectors v of x, and of their squares.
+template <typename T, typename Deviation>
+BRN_LANES LaneSums<T> plane_deviations(const Part& part, std::int64_t plane, std::int64_t planes,
+                                       const T* x, bool fetching, Deviation deviation) {
+  return plane_sums<T>(
+      part, plane, planes,
+      [&](std::int64_t at, auto mask) BRN_INLINED {
+        const Lanes<T> d = mask(deviation(load(x + at)));
+        return LaneSums<T>::of(d, d);
+      },
+      [&](std::int64_t next) BRN_INLINED {
+        if (fetching) fetch_plane(part, x + next);
+      });
+}
+
 // Of a channel of few vectors, in two sweeps: the second one finds them in the L1.
 template <typename T>
 BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, std::int64_t w,
                                                             const T* x, Lanes<T> pivot) {
   using Real = RealOf<T>;
-  const Real count = static_cast<Real>(part.end - part.begin);
-  const LaneSums<T> shifted = brief_sums<T>(
-      part, w,
-      [&](std::int64_t at, auto mask)
-          BRN_INLINED { return LaneSums<T>{mask(load(x + at) - pivot), {}}; },
-      [&](std::int64_t plane) BRN_INLINED { fetch_plane(part, x + plane); });
+  const std::int64_t plane = begin_of(part, w);
+  const std::int64_t planes = part.end / part.plane;
+  const Real count = static_cast<Real>(part.end);
+  const LaneSums<T> shifted = plane_deviations(part, plane, planes, x, has_planes_apart(part),
+                                               [&](Lanes<T> v) BRN_INLINED { return v - pivot; });
   const Real mean = sum_across(shifted.values) / count;
   const Lanes<T> means = Lanes<T>::of(mean);
-  const LaneSums<T> deviations = brief_sums<T>(
-      part, w,
-      [&](std::int64_t at, auto mask) BRN_INLINED {
-        const Lanes<T> d = mask((load(x + at) - pivot) - means);
-        return LaneSums<T>::of(d, d);
-      },
-      [](std::int64_t) {});
+  const LaneSums<T> deviations = plane_deviations(
+      part, plane, planes, x, false, [&](Lanes<T> v) BRN_INLINED { return (v - pivot) - means; });
   return {count, mean, sum_across(deviations.products)};
 }
 
@@ -106,6 +119,29 @@ void brief_channel_moments(const Part& part, const T* x, const RealOf<T>* pivot,
     const auto moments = brief_moments(part, w, x, Lanes<T>::of(pivot[w]));
     mean[w] = moments.mean;
     m2[w] = moments.m2;
+  }
+}
+
+// Of all channels of a part with brief planes.
+template <typename T>
+void brief_plane_moments(const Part& part, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
+                         RealOf<T>* m2) {
+  using Real = RealOf<T>;
+  constexpr int kStep = kLanes<T>;
+  const Lanes<T> of_plane = Lanes<T>::of(static_cast<Real>(part.plane / kStep)) +
+                            last_elements<T>(part.plane % kStep)(Lanes<T>::of(1));
+  for (std::int64_t w = 0; w < part.width; ++w) {
+    ChannelMoments<T> moments(Lanes<T>::of(pivot[w]), first_vector(part, w, x));
+    const auto add = [&](std::int64_t plane, std::int64_t planes) BRN_INLINED {
+      const Lanes<T> centre = moments.centre.centre;
+      moments.add_block(of_plane * static_cast<Real>(planes),
+                        plane_deviations(part, plane, planes, x, true,
+                                         [&](Lanes<T> v) BRN_INLINED { return v - centre; }));
+    };
+    for_each_block_of_planes<ChannelMoments<T>::kFirstBlock, T>(part, w, add);
+    const auto channel = moments.across(static_cast<Real>(part.end));
+    mean[w] = channel.mean;
+    m2[w] = channel.m2;
   }
 }
 

@@ -75,15 +75,17 @@ BRN_LANES double sum_in_double(const ExactSum<Lanes<T>>& exact) {
 }
 
 template <typename T>
-BRN_LANES LaneSums<T> brief_products(const Part& part, std::int64_t w, const T* dy, const T* x,
-                                     Lanes<T> centre) {
-  return brief_sums<T>(
-      part, w,
+BRN_LANES LaneSums<T> plane_products(const Part& part, std::int64_t plane, std::int64_t planes,
+                                     const T* dy, const T* x, Lanes<T> centre) {
+  const bool apart = has_planes_apart(part);
+  return plane_sums<T>(
+      part, plane, planes,
       [&](std::int64_t at, auto mask)
           BRN_INLINED { return LaneSums<T>::of(mask(load(dy + at)), mask(load(x + at) - centre)); },
-      [&](std::int64_t plane) BRN_INLINED {
-        fetch_plane(part, dy + plane);
-        fetch_plane(part, x + plane);
+      [&](std::int64_t next) BRN_INLINED {
+        if (!apart) return;
+        fetch_plane(part, dy + next);
+        fetch_plane(part, x + next);
       });
 }
 
@@ -100,8 +102,26 @@ template <typename T>
 void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                         const SumRows<RealOf<T>>& rows) {
   for (std::int64_t w = 0; w < part.width; ++w) {
-    const LaneSums<T> sums = brief_products(part, w, dy, x, Lanes<T>::of(centres[w]));
+    const LaneSums<T> sums = plane_products(part, begin_of(part, w), part.end / part.plane, dy, x,
+                                            Lanes<T>::of(centres[w]));
     keep_sums(rows, w, sum_in_double(sums.values), sum_in_double(sums.products));
+  }
+}
+
+// Of all channels of a part with brief planes.
+template <typename T>
+void brief_plane_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
+                      const SumRows<RealOf<T>>& rows) {
+  for (std::int64_t w = 0; w < part.width; ++w) {
+    ExactSum<Lanes<T>> g{};
+    ExactSum<Lanes<T>> gx{};
+    const auto add = [&](std::int64_t plane, std::int64_t planes) BRN_INLINED {
+      const LaneSums<T> sums = plane_products(part, plane, planes, dy, x, Lanes<T>::of(centres[w]));
+      g.add(sums.values);
+      gx.add(sums.products);
+    };
+    for_each_block_of_planes<Chains<T>::kBlock, T>(part, w, add);
+    keep_sums(rows, w, sum_in_double(g), sum_in_double(gx));
   }
 }
 

@@ -70,6 +70,7 @@ struct Entries {
       // it.
       const bool helps = sizeof(T) == 2 || has_planes_apart(part);
       if (is_brief<T>(part)) return brief_channel_moments(part, x, pivot, mean, m2);
+      if (has_brief_planes<T>(part)) return brief_plane_moments(part, x, pivot, mean, m2);
       for_each_channel(part, helps, [&](std::int64_t w, auto along) BRN_INLINED {
         const auto moments = channel_moments<along>(part, w, x, pivot[w]);
         mean[w] = moments.mean;
@@ -85,6 +86,7 @@ struct Entries {
                    const SumRows<Real>& out) {
     if (part.layout == Layout::kChannelsFirst) {
       if (is_brief<T>(part)) return brief_channel_sums(part, dy, x, centres, out);
+      if (has_brief_planes<T>(part)) return brief_plane_sums(part, dy, x, centres, out);
       for_each_channel(part, fetching_helps(part), [&](std::int64_t w, auto along) BRN_INLINED {
         channel_sums<along>(part, w, dy, x, centres, out);
       });
