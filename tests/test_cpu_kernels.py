@@ -28,6 +28,7 @@ CUTS = [
     Case("C = 17", (333, 17), "a vector and one channel"),
     Case("C = 65", (8, 65, 14, 14), "four vectors and one channel"),
     Case("wide", (16, 5000), "few rows of many channels are cut into columns"),
+    Case("C = 2061", (150, 2061), "rows are reduced by two blocks of columns and 13 more"),
     Case("S = 7", (33, 5, 7), "runs shorter than a vector"),
     Case("S = 49", (32, 70, 7, 7), "runs of three vectors and one value"),
     Case("S = 289", (6, 33, 17, 17), "runs of 18 vectors and one value"),
@@ -196,8 +197,16 @@ def _all(x):
 def test_nothing_cancels_in_the_moments(dtype, move, form):
     """Deviations are taken from a first element, or from a mean of few: what lies far from those,
     or all far from 0, must not cost precision. What they lose is 7 eps at the most. Channels of
-    few vectors and of many, of runs shorter than a vector, and in several parts."""
-    shapes = [(1, 3, 7, 7), (4, 3, 14, 14), (1, 3, 40, 40), (64, 3, 14, 14), (40, 3, 1, 7)]
+    few vectors and of many, of runs shorter than a vector, of many short planes, and in several
+    parts."""
+    shapes = [
+        (1, 3, 7, 7),
+        (64, 3, 7, 7),
+        (4, 3, 14, 14),
+        (1, 3, 40, 40),
+        (64, 3, 14, 14),
+        (40, 3, 1, 7),
+    ]
     for shape in [*shapes, (1, 2, 300, 300), (9, 70, 64, 16), (300, 33, 1, 1)]:
         torch.manual_seed(0)
         x = torch.randn(shape)
