@@ -79,9 +79,10 @@ def header(device: torch.device) -> dict[str, str | int]:
 
 
 def directory_name(head: dict) -> str:
-    """Where results of this machine go: bench/results/<this>."""
+    """Where results of this machine go: bench/results/<this>. Of processors there are too many to
+    tell apart by name; what they can do decides which kernels run."""
     if head["device"] == "cpu":
-        return "cpu"
+        return f"cpu/{str(head['capability']).lower()}"
     return re.sub(r"[^a-z0-9]+", "-", str(head["chip"]).lower()).strip("-")
 
 

@@ -315,12 +315,15 @@ def test_a_summary_is_of_our_rows_and_geometric():
     assert line == "| NCHW, float32 |  | 3.00 (3.00 ... 3.00) | 2.00 (1.00 ... 4.00) |"
 
 
-def test_the_readme_shows_the_results_that_are_committed():
-    results = json.loads((ROOT / "bench/results/cpu/cpu.json").read_text())
+@pytest.mark.parametrize("folder", ["avx2", "avx512"])
+def test_the_readme_shows_the_results_that_are_committed(folder):
+    directory = ROOT / "bench/results/cpu" / folder
+    results = json.loads((directory / "cpu.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert "\n".join(summary.lines(results)) in readme
-    kept = json.loads((ROOT / "bench/results/cpu/kept.json").read_text())
+    kept = json.loads((directory / "kept.json").read_text())
     assert kept["header"]["commit"] == results["header"]["commit"]
+    assert machine.directory_name(results["header"]) == f"cpu/{folder}"
     for found in (results, kept):
         rows = list(summary.beyond_the_cache(found))
         assert len(rows) == 2 and "\n".join(rows) in readme
@@ -341,7 +344,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(capsys):
 
 def test_the_folder_of_a_chip():
     assert machine.directory_name({"device": "cuda", "chip": "NVIDIA H200"}) == "nvidia-h200"
-    assert machine.directory_name({"device": "cpu", "chip": "any"}) == "cpu"
+    assert machine.directory_name({"device": "cpu", "capability": "AVX2"}) == "cpu/avx2"
 
 
 def test_the_gpu_script_goes_on_when_every_step_fails(tmp_path):
