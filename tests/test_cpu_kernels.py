@@ -251,11 +251,14 @@ def test_sums_of_many_values_are_as_good_as_those_of_batch_norm(form):
 
 
 @BOTH_LAYOUTS
-def test_a_long_sum_keeps_what_its_additions_round_off(form):
-    """Equal terms round in the same direction each time."""
-    t = tensors.make(Case("equal", (32, 4, 112, 112), "", form=form), torch.float32, CPU)
+@pytest.mark.parametrize("shape", [(32, 4, 112, 112), (8000, 4, 7, 7), (32, 64, 112, 30)], ids=str)
+def test_a_long_sum_keeps_what_its_additions_round_off(shape, form):
+    """Equal terms round in the same direction each time. In long planes and in short ones, in rows
+    that go together and one by one."""
+    t = tensors.make(Case("equal", shape, "", form=form), torch.float32, CPU)
     *_, dbias = ops.inference_backward(torch.full_like(t.x, 0.1), t.x, None, *step(t)[5:7])
-    truth = torch.full((4,), 0.1, dtype=torch.float32).double() * (32 * 112 * 112)
+    terms = t.x.numel() // shape[1]
+    truth = torch.full((shape[1],), 0.1, dtype=torch.float32).double() * terms
     torch.testing.assert_close(dbias.double(), truth, rtol=2**-22, atol=0)
 
 

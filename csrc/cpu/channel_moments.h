@@ -95,11 +95,10 @@ BRN_LANES LaneSums<T> plane_deviations(const Part& part, std::int64_t plane, std
 
 // Of a channel of few vectors, in two sweeps: the second one finds them in the L1.
 template <typename T>
-BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, std::int64_t w,
-                                                            const T* x, Lanes<T> pivot) {
+BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, std::int64_t plane,
+                                                            std::int64_t planes, const T* x,
+                                                            Lanes<T> pivot) {
   using Real = RealOf<T>;
-  const std::int64_t plane = begin_of(part, w);
-  const std::int64_t planes = part.end / part.plane;
   const Real count = static_cast<Real>(part.end);
   const LaneSums<T> shifted = plane_deviations(part, plane, planes, x, has_planes_apart(part),
                                                [&](Lanes<T> v) BRN_INLINED { return v - pivot; });
@@ -115,8 +114,9 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, st
 template <typename T>
 void brief_channel_moments(const Part& part, const T* x, const RealOf<T>* pivot, RealOf<T>* mean,
                            RealOf<T>* m2) {
+  const std::int64_t planes = part.end / part.plane;
   for (std::int64_t w = 0; w < part.width; ++w) {
-    const auto moments = brief_moments(part, w, x, Lanes<T>::of(pivot[w]));
+    const auto moments = brief_moments(part, begin_of(part, w), planes, x, Lanes<T>::of(pivot[w]));
     mean[w] = moments.mean;
     m2[w] = moments.m2;
   }

@@ -101,9 +101,10 @@ BRN_LANES void keep_sums(const SumRows<Real>& rows, std::int64_t w, double g, do
 template <typename T>
 void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                         const SumRows<RealOf<T>>& rows) {
+  const std::int64_t planes = part.end / part.plane;
   for (std::int64_t w = 0; w < part.width; ++w) {
-    const LaneSums<T> sums = plane_products(part, begin_of(part, w), part.end / part.plane, dy, x,
-                                            Lanes<T>::of(centres[w]));
+    const LaneSums<T> sums =
+        plane_products(part, begin_of(part, w), planes, dy, x, Lanes<T>::of(centres[w]));
     keep_sums(rows, w, sum_in_double(sums.values), sum_in_double(sums.products));
   }
 }

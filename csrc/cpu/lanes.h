@@ -146,8 +146,8 @@ BRN_LANES Lanes<BFloat16> load(const BFloat16* x) {
 
 // The upper, and the lower, halves of the words of both, in turn.
 #if BRN_VECTOR_BYTES == 32 && (defined(__clang__) || __GNUC__ >= 12)
-// By a blend, which is one instruction with AVX2. Inference of (32, 512, 7, 7), 244 us, and 258 as
-// below.
+// By a blend, which is one instruction with AVX2. Inference of (32, 512, 7, 7) on Zen 3, one
+// thread, 244 us, and 258 as below.
 BRN_LANES HalfWords blended(Words a, Words b) {
   return __builtin_shufflevector(bits_of<HalfWords>(a), bits_of<HalfWords>(b), 0, 17, 2, 19, 4, 21,
                                  6, 23, 8, 25, 10, 27, 12, 29, 14, 31);

@@ -6,6 +6,7 @@
 #include "channels_last.h"
 #include "isa.h"
 #include "lanes.h"
+#include "rows.h"
 
 #include <cstdint>
 #include <cstring>

@@ -27,9 +27,9 @@ BRN_LANES void for_each_block(std::int64_t width, F f) {
 
 // Of kRows rows at a time, column by column, the sums of each(element, first, place), where `first`
 // is the element of the same column in the first of them. close(row, height, column, place, first,
-// sums) takes them. fetch(element) is called with what lies two pages ahead, since prefetchers stop
-// where a page ends: forward of (32, 256, 14, 14) float32 takes 1,806 us, 1,853 with two kilobytes,
-// and 2,129 without (one thread, Zen 3 with AVX2).
+// sums) takes them. fetch(element) is called with what lies two pages ahead or more, as prefetchers
+// stop where a page ends: forward of (32, 256, 14, 14) float32 takes 1,806 us, 1,853 with two
+// kilobytes, and 2,129 without (one thread, Zen 3 with AVX2).
 template <typename T, typename Fetch, typename Each, typename Close>
 BRN_LANES void reduce_row_by_row(const Rows& rows, Fetch fetch, Each each, Close close) {
   const std::int64_t two_pages = ahead_by<T>(rows, 8192);

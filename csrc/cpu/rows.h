@@ -26,11 +26,10 @@ BRN_LANES Rows rows_of(const Part& part) {
 constexpr int kRows = 8;  // that are reduced before they are added to the columns' totals
 
 // Whether rows are reduced several at a time, which spares loads and stores of what a column keeps.
-// Memory, though, is read fastest in the order in which it lies. With vectors of 64 bytes, as long
-// as its lines, the two do not differ; shorter ones come to a line twice. One thread, AMD EPYC (Zen
-// 3) with AVX2, side by side and row by row, us: (32, 128, 28, 28) float32, forward 4,811 and
-// 3,146, backward 8,029 and 4,552; (32, 64, 56, 56) bfloat16, rows of 128 bytes, forward 3,028 and
-// 3,712.
+// Memory, though, is read fastest in the order in which it lies. One thread, AMD EPYC (Zen 3) with
+// AVX2, side by side and row by row, us: (32, 128, 28, 28) float32, forward 4,811 and 3,146,
+// backward 8,029 and 4,552; (32, 64, 56, 56) bfloat16, rows of 128 bytes, forward 3,028 and 3,712.
+// With AVX-512 it has not been measured, and the tiles are what was tuned there.
 template <typename T>
 BRN_LANES bool are_reduced_together(const Rows& rows) {
   constexpr std::int64_t kShort = 192 / sizeof(T);
@@ -46,7 +45,7 @@ BRN_LANES bool are_written_together(const Rows& rows) {
   return BRN_VECTOR_BYTES == 64 || rows.width <= kShort || rows.width < rows.stride;
 }
 
-// Elements to what lies `bytes` further on among those of the rows, in whole rows.
+// Elements to what lies `bytes` or more further on among those of the rows, in whole rows.
 template <typename T>
 BRN_LANES std::int64_t ahead_by(const Rows& rows, std::int64_t bytes) {
   const std::int64_t row = rows.width * static_cast<std::int64_t>(sizeof(T));
@@ -91,8 +90,8 @@ struct ColumnMoments {
   Real* mean;  // of x - pivot
   Real* m2;
 
-  // `height` rows after the first `row`: their deviations from the first of them, whose squares are
-  // at most kRows times m2, and the squares.
+  // `height` rows after the first `row`: sums of their deviations from the first of them and of the
+  // squares of those, which are at most kRows times m2.
   BRN_LANES void add(std::int64_t row, std::int64_t height, std::int64_t column, std::int64_t place,
                      Lanes<T> first, LaneSums<T> deviations) const {
     const Lanes<T> step = deviations.values * (Real(1) / static_cast<Real>(height));

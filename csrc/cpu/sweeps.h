@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "lanes.h"
 #include "narrow.h"
+#include "rows.h"
 #include "runs.h"
 
 #include <cstdint>
