@@ -251,7 +251,7 @@ def test_sums_of_many_values_are_as_good_as_those_of_batch_norm(form):
 
 
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("shape", [(32, 4, 112, 112), (8000, 4, 7, 7), (32, 64, 112, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 4, 112, 112), (1300, 4, 7, 7), (32, 64, 112, 30)], ids=str)
 def test_a_long_sum_keeps_what_its_additions_round_off(shape, form):
     """Equal terms round in the same direction each time. In long planes and in short ones, in rows
     that go together and one by one."""
