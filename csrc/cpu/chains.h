@@ -13,7 +13,7 @@ namespace brn::cpu {
 namespace {
 
 // Pairs of sums over runs, vector by vector in four chains, or in two where those of 16-bit
-// elements would take all sixteen registers (4 to 8% of a forward with AVX2). After a block of
+// elements would take all sixteen registers (2% of a forward, Zen 3 with AVX2). After a block of
 // vectors they are taken, so that few additions stand between an element and the total.
 template <typename T>
 struct Chains {
