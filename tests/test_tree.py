@@ -17,7 +17,7 @@ RULES = {
     "csrc/core/*": ({"csrc/core"}, set()),
     "csrc/kernels/launch.h": ({"csrc/core"}, set()),
     "csrc/kernels/*": ({"csrc/core", "csrc/kernels"}, {*CUDA, "cuda_pipeline_primitives.h"}),
-    "csrc/cpu/*": ({"csrc/core", "csrc/cpu", "csrc/kernels/launch.h"}, {"sys/mman.h"}),
+    "csrc/cpu/*": ({"csrc/core", "csrc/cpu", "csrc/kernels/launch.h"}, {"sys/mman.h", "unistd.h"}),
     "csrc/binding/introspection.cpp": (
         {"csrc/core", "csrc/binding/regions.h"},
         {"pybind11/pybind11.h"},

@@ -71,16 +71,16 @@ BRN_LANES Value sum_of(const Value (&v)[kCount]) {
   }
 }
 
-// Eight vectors of dy and of x, `stride` elements apart.
-template <typename T>
+// kCount vectors of dy and of x, `stride` elements apart.
+template <int kCount, typename T>
 BRN_LANES LaneSums<T> tile_sums(const T* dy, const T* x, std::int64_t stride, Lanes<T> centre) {
-  Lanes<T> g[8];
-  Lanes<T> gx[8];
-  for (int k = 0; k < 8; ++k) {
-    g[k] = load(dy + k * stride);
-    gx[k] = g[k] * (load(x + k * stride) - centre);
+  if constexpr (kCount == 1) {
+    return LaneSums<T>::of(load(dy), load(x) - centre);
+  } else {
+    constexpr int kHalf = kCount / 2;
+    return tile_sums<kHalf>(dy, x, stride, centre) +
+           tile_sums<kHalf>(dy + kHalf * stride, x + kHalf * stride, stride, centre);
   }
-  return {sum_of<8>(g), sum_of<8>(gx)};
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ struct Backward : SumsReduction<T> {
 template <typename T>
 void backward_of(const Problem& p, const BackwardParams& params, const Parallel& parallel) {
   prefer_huge_pages(params.dx, p.elements() * size_of(p.dtype));
-  run(cut(p), parallel,
+  run(cut(p, 2), parallel,
       Backward<T>{{p, static_cast<const T*>(params.dy), static_cast<const T*>(params.x),
                    params.stats, params.running_mean, params.running_std},
                   params});

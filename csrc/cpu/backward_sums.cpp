@@ -35,7 +35,7 @@ struct RankSums : SumsReduction<T> {
 template <typename T>
 void backward_sums_of(const Problem& p, const BackwardSumsParams& params,
                       const Parallel& parallel) {
-  run(cut(p), parallel,
+  run(cut(p, 2), parallel,
       RankSums<T>{{p, static_cast<const T*>(params.dy), static_cast<const T*>(params.x),
                    params.stats, nullptr, nullptr},
                   params});

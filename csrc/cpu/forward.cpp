@@ -95,7 +95,7 @@ void forward_of(const Problem& p, const ForwardParams& params, const Parallel& p
   std::vector<Real> waiting(wait ? 2 * channels : 0);
   std::atomic<bool> finite{true};
   prefer_huge_pages(params.y, p.elements() * size_of(p.dtype));
-  run(cut(p), parallel,
+  run(cut(p, 1), parallel,
       Forward<T>{{p, static_cast<const T*>(params.x)},
                  params,
                  limits_of<Real>(params, step),

@@ -52,12 +52,13 @@ struct SumRows {
 template <typename T>
 struct Sweeps {
   using Real = RealOf<T>;
-  // pivot[width]: x of each channel at the slab's position 0.
+  // kChannelsLast: pivot[width], x of each channel at the slab's position 0.
   void (*pivots)(const Part&, const T* x, Real* pivot);
   // Makes parameters of `width` channels, in place, what sums, normalise and project take.
   void (*arrange)(const Part&, Real* parameters);
-  // mean[width], m2[width] of x - pivot over the part.
-  void (*moments)(const Part&, const T* x, const Real* pivot, Real* mean, Real* m2);
+  // mean[width], m2[width] of x - pivot over the part. In kChannelsFirst the part that begins at
+  // position 0 sets pivot[width].
+  void (*moments)(const Part&, const T* x, Real* pivot, Real* mean, Real* m2);
   // Sums of dy and of dy * (x - centre) over the part.
   void (*sums)(const Part&, const T* dy, const T* x, const Real* centre, const SumRows<Real>&);
   // y = (x - centre) * scale + shift over the part.

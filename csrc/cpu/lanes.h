@@ -89,38 +89,43 @@ struct Lanes {
   static constexpr int kVectors = sizeof(Real) / sizeof(T);
   Vector<Real> v[kVectors];
 
+  // {{f(0), f(1)}}, without a loop: GCC copies an array that has been indexed by a variable through
+  // the stack, by 16 bytes, and then waits to load them as a vector. Sums of (1, 16, 56, 56)
+  // bfloat16 in the L2, Zen 3 with AVX2: 10.9 us with loops and 4.9 so.
+  template <typename F>
+  static BRN_LANES Lanes each(F f) {
+    if constexpr (kVectors == 1) {
+      return {{f(0)}};
+    } else {
+      return {{f(0), f(1)}};
+    }
+  }
+
   // All lanes x.
   static BRN_LANES Lanes of(Real x) {
-    Lanes lanes;
-    for (int i = 0; i < kVectors; ++i)
-      lanes.v[i] = x - Vector<Real>{};  // not +, which would make 0 of -0
-    return lanes;
+    return each([&](int) BRN_INLINED {
+      return x - Vector<Real>{};  // not +, which would make 0 of -0
+    });
   }
 
   BRN_LANES Lanes& operator+=(Lanes b) { return *this = *this + b; }
   friend BRN_LANES Lanes operator+(Lanes a, Lanes b) {
-    for (int i = 0; i < kVectors; ++i) a.v[i] += b.v[i];
-    return a;
+    return each([&](int i) BRN_INLINED { return a.v[i] + b.v[i]; });
   }
   friend BRN_LANES Lanes operator-(Lanes a, Lanes b) {
-    for (int i = 0; i < kVectors; ++i) a.v[i] -= b.v[i];
-    return a;
+    return each([&](int i) BRN_INLINED { return a.v[i] - b.v[i]; });
   }
   friend BRN_LANES Lanes operator*(Lanes a, Lanes b) {
-    for (int i = 0; i < kVectors; ++i) a.v[i] *= b.v[i];
-    return a;
+    return each([&](int i) BRN_INLINED { return a.v[i] * b.v[i]; });
   }
   friend BRN_LANES Lanes operator/(Lanes a, Lanes b) {
-    for (int i = 0; i < kVectors; ++i) a.v[i] /= b.v[i];
-    return a;
-  }
-  friend BRN_LANES Lanes at_least_one(Lanes a) {
-    for (int i = 0; i < kVectors; ++i) a.v[i] = a.v[i] < 1 ? Vector<Real>{} + 1 : a.v[i];
-    return a;
+    return each([&](int i) BRN_INLINED { return a.v[i] / b.v[i]; });
   }
   friend BRN_LANES Lanes operator*(Lanes a, Real b) {
-    for (int i = 0; i < kVectors; ++i) a.v[i] *= b;
-    return a;
+    return each([&](int i) BRN_INLINED { return a.v[i] * b; });
+  }
+  friend BRN_LANES Lanes at_least_one(Lanes a) {
+    return each([&](int i) BRN_INLINED { return a.v[i] < 1 ? Vector<Real>{} + 1 : a.v[i]; });
   }
 };
 
@@ -355,9 +360,9 @@ struct Mask {
   Bits v[kVectors];
 
   BRN_LANES Lanes<T> operator()(Lanes<T> lanes) const {
-    for (int i = 0; i < kVectors; ++i)
-      lanes.v[i] = bits_of<Vector<RealOf<T>>>(bits_of<Bits>(lanes.v[i]) & v[i]);
-    return lanes;
+    return Lanes<T>::each([&](int i) BRN_INLINED {
+      return bits_of<Vector<RealOf<T>>>(bits_of<Bits>(lanes.v[i]) & v[i]);
+    });
   }
 };
 

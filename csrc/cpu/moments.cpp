@@ -29,7 +29,7 @@ struct RankMoments : MomentsReduction<T> {
 
 template <typename T>
 void moments_of(const Problem& p, const MomentsParams& params, const Parallel& parallel) {
-  run(cut(p), parallel, RankMoments<T>{{p, static_cast<const T*>(params.x)}, params.message});
+  run(cut(p, 1), parallel, RankMoments<T>{{p, static_cast<const T*>(params.x)}, params.message});
   params.message[2 * p.channels] = static_cast<double>(p.reduced());
   params.message[2 * p.channels + 1] = params.backward ? 1.0 : 0.0;
 }

@@ -20,8 +20,10 @@ struct MomentsReduction {
   const Problem& problem;
   const T* x;
 
+  // In kChannelsFirst a pivot is read with its channel: a line of each channel of the slab, one
+  // after the other and before the rest, took 6% of a forward (Zen 3, (1, 512, 28, 28) float32).
   void begin(const Part& slab, const Table<Real>& facts) const {
-    sweeps<T>().pivots(slab, x, facts[kPivot]);
+    if (slab.layout == Layout::kChannelsLast) sweeps<T>().pivots(slab, x, facts[kPivot]);
   }
 
   void reduce(const Part& part, const Table<Real>& facts, const Table<Real>& moments) const {

@@ -2,11 +2,14 @@
 //
 // A slab is neighbouring channels that are reduced together: in kChannelsFirst one, or a few small
 // ones; in kChannelsLast mostly all. Its positions (elements of a channel, or rows of the [N*S][C]
-// matrix) are cut into parts. The cut is a function of the problem alone and parts are merged in
-// their order, so that the number of threads changes no bit of the result.
+// matrix) are cut into parts. How many is a function of the problem alone (several channels in
+// kChannelsFirst are one part, however many the caches have room for), and parts are merged in
+// their order, so that neither the number of threads nor the machine's caches change a bit of the
+// result.
 #pragma once
 
 #include "../core/types.h"
+#include "cache.h"
 #include "element.h"
 #include "isa.h"
 #include "launch.h"
@@ -20,6 +23,7 @@ namespace brn::cpu {
 // One tensor's share of a part: enough to make up for its merge.
 constexpr std::int64_t kPartBytes = 256 * 1024;
 constexpr std::int64_t kMostParts = 64;
+static_assert(kMostL2Bytes / 4 <= kPartBytes, "a slab of several channels is one part");
 
 // Measured, here and in the other files, on two cores of an AMD EPYC with AVX-512, 1 MB of L2 a
 // core and 32 MB of L3; where it says Zen 3 or AVX2, on two of an older one, 512 KB of L2 a core.
@@ -78,15 +82,18 @@ struct Slabs {
   }
 };
 
-inline std::int64_t slab_width(const Problem& p) {
+// `inputs`: tensors that are read.
+inline std::int64_t slab_width(const Problem& p, int inputs) {
   const std::int64_t channel = size_of(p.dtype) * std::max<std::int64_t>(p.reduced(), 1);
   if (p.layout == Layout::kChannelsFirst) {
     // Small channels together, to make up for what a slab costs, but four slabs for four threads.
-    // Of few planes 256 KB: where no other slab is fetched meanwhile (see to_next()) the L2 has
-    // room for them. Forward, one thread, float32, against 128 KB: (1, 512, 28, 28) 1.07, (4, 1024,
-    // 14, 14) 1.06 and (32, 2048, 7, 7) 0.96 times as fast; 512 KB: 0.5 and 0.7.
+    // All they read is a quarter of the L2, or an eighth where the next slab is fetched meanwhile
+    // (see to_next()). Forward, one thread, float32, 1 MB of L2, against an eighth: (1, 512, 28,
+    // 28) 1.07, (4, 1024, 14, 14) 1.06 and (32, 2048, 7, 7) 0.96 times as fast; half of it: 0.5 and
+    // 0.7. 512 KB of L2, against twice as much, the mean of seven shapes each and both of float32
+    // and bfloat16: forward 1.01 and 1.02, backward 1.05 and 1.06.
     const std::int64_t bytes = channel * p.channels;
-    const std::int64_t most = (p.batch < kManyPlanes ? 256 : 128) * 1024;
+    const std::int64_t most = l2_bytes() / (p.batch < kManyPlanes ? 4 : 8) / inputs;
     const std::int64_t small = std::clamp<std::int64_t>(bytes / 4, 16 * 1024, most);
     return std::clamp<std::int64_t>(small / channel, 1, std::max<std::int64_t>(p.channels, 1));
   }
@@ -102,11 +109,11 @@ inline std::int64_t slab_width(const Problem& p) {
   return std::min(p.channels, std::clamp(quarter, kPage / 4, kPage) / size_of(p.dtype));
 }
 
-inline Slabs cut(const Problem& p) {
+inline Slabs cut(const Problem& p, int inputs) {
   Slabs slabs;
   slabs.problem = p;
   if (p.elements() == 0) return slabs;
-  slabs.width = slab_width(p);
+  slabs.width = slab_width(p, inputs);
   slabs.count = p.channels / slabs.width;
   const std::int64_t bytes = slabs.width * p.reduced() * size_of(p.dtype);
   slabs.parts = std::clamp<std::int64_t>(ceil_div(bytes, kPartBytes), 1, kMostParts);
@@ -125,7 +132,7 @@ inline Slabs cut(const Problem& p) {
 
 // For a pass that reduces nothing: parts as they lie in memory.
 inline Slabs cut_in_order(const Problem& p) {
-  Slabs slabs = cut(p);
+  Slabs slabs = cut(p, 1);
   if (p.layout == Layout::kChannelsLast || p.elements() == 0) return slabs;
   slabs.width =
       std::clamp<std::int64_t>(kPartBytes / (p.spatial * size_of(p.dtype)), 1, p.channels);

@@ -76,7 +76,7 @@ BRN_LANES void tiled_sums(const Rows& rows, const T* dy, const T* x, const RealO
         fetch(dy + tile + k * rows.stride + ahead);
         fetch(x + tile + k * rows.stride + ahead);
       }
-      sums = tile_sums(dy + tile, x + tile, rows.stride, centre);
+      sums = tile_sums<kRows>(dy + tile, x + tile, rows.stride, centre);
     } else {
       for (std::int64_t k = tile; k < tile + height * rows.stride; k += rows.stride) {
         const Lanes<T> g = load(dy + k);

@@ -1,0 +1,31 @@
+// The second-level cache of a core, in which a slab has to find room.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace brn::cpu {
+
+// Slabs of more than a quarter of a megabyte were never faster, and would be cut into parts.
+constexpr std::int64_t kMostL2Bytes = 1024 * 1024;
+
+inline std::int64_t find_l2_bytes() {
+  constexpr std::int64_t kLeastL2Bytes = 256 * 1024;
+  std::int64_t found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  return found > 0 ? std::clamp(found, kLeastL2Bytes, kMostL2Bytes) : kMostL2Bytes;
+}
+
+// As the C library tells it, within these bounds.
+inline std::int64_t l2_bytes() {
+  static const std::int64_t bytes = find_l2_bytes();
+  return bytes;
+}
+
+}  // namespace brn::cpu
