@@ -31,6 +31,7 @@ CUTS = [
     Case("C = 2061", (150, 2061), "rows are reduced by two blocks of columns and 13 more"),
     Case("S = 7", (33, 5, 7), "runs shorter than a vector"),
     Case("S = 49", (32, 70, 7, 7), "runs of three vectors and one value"),
+    Case("S = 42", (9, 333, 6, 7), "many short planes, of more channels than go together"),
     Case("S = 289", (6, 33, 17, 17), "runs of 18 vectors and one value"),
     Case("parts", (2, 1, 400, 401), "one channel in several parts, cut within a plane"),
     Case("three channels", (2, 3, 300, 300), "more slabs than threads, but not evenly so"),
@@ -151,6 +152,19 @@ def test_a_large_output_has_the_bits_of_its_pieces(dtype, shape, form):
         assert torch.equal(dx[begin : begin + 3], dx_part)
 
 
+def test_many_short_planes_go_past_the_caches_with_the_same_bits():
+    """A training step writes them in an order of its own."""
+    t = tensors.make(Case("", (64, 2100, 8, 8), ""), torch.float32, CPU)
+    assert t.x.nbytes > 2**25
+    y, stats = ops.forward(t.x, t.weight, t.bias, *[None] * 4, 0.1, 1e-5, 1.0, 0.0, False)
+    assert torch.equal(ops.renormalize(t.x, t.weight, t.bias, stats), y)
+    dy = torch.empty_like(t.x).copy_(t.dy)
+    sums, *_ = ops.backward_sums(dy, t.x, stats)
+    total = torch.tensor([t.x.numel() / t.x.size(1), 1.0], dtype=torch.float64)
+    dx = ops.backward_project(dy, t.x, t.weight, stats, sums, total)
+    assert torch.equal(ops.backward(dy, t.x, t.weight, stats)[0], dx)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_half_is_read_and_written_as_it_is(dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
@@ -251,7 +265,9 @@ def test_sums_of_many_values_are_as_good_as_those_of_batch_norm(form):
 
 
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("shape", [(32, 4, 112, 112), (1300, 4, 7, 7), (32, 64, 112, 30)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(32, 4, 112, 112), (1300, 4, 7, 7), (330, 4, 14, 14), (32, 64, 112, 30)], ids=str
+)
 def test_a_long_sum_keeps_what_its_additions_round_off(shape, form):
     """Equal terms round in the same direction each time. In long planes and in short ones, in rows
     that go together and one by one."""

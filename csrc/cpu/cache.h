@@ -10,7 +10,7 @@
 
 namespace brn::cpu {
 
-// Slabs of more than a quarter of a megabyte were never faster, and would be cut into parts.
+// What a larger one is good for has not been measured.
 constexpr std::int64_t kMostL2Bytes = 1024 * 1024;
 
 inline std::int64_t find_l2_bytes() {

@@ -80,17 +80,9 @@ BRN_LANES bool is_brief(const Part& part) {
   return has_whole_planes<T>(part) && part.end * vectors_of_plane<T>(part) <= kMost * part.plane;
 }
 
-// Chains that begin and end in each plane take longer than what a plane of few vectors adds to
-// them: there, blocks are of whole planes.
-constexpr std::int64_t kBriefPlane = 8;  // vectors, at most
-template <typename T>
-BRN_LANES bool has_brief_planes(const Part& part) {
-  return has_whole_planes<T>(part) && vectors_of_plane<T>(part) <= kBriefPlane;
-}
-
 // Sums of f(element, mask) over the vectors of `planes` planes from the element `plane` on,
 // mask(lanes) being those of them that are meant. fetch(element) is called before each plane with
-// where the next channel's begins.
+// where it ends, and the next channel's begins.
 template <typename T, typename F, typename Fetch>
 BRN_LANES LaneSums<T> plane_sums(const Part& part, std::int64_t plane, std::int64_t planes, F f,
                                  Fetch fetch) {
@@ -113,23 +105,6 @@ BRN_LANES LaneSums<T> plane_sums(const Part& part, std::int64_t plane, std::int6
     if (i < end) sums[1] += f(end - kStep, last);
   }
   return sums[0] + sums[1];
-}
-
-// Calls f(plane, planes) for a channel's planes in blocks, of which the first has about kFirst
-// vectors and the others as many as chains have.
-template <int kFirst, typename T, typename F>
-BRN_LANES void for_each_block_of_planes(const Part& part, std::int64_t w, F f) {
-  static_assert(kFirst >= kBriefPlane, "a block has a plane at least");
-  const std::int64_t vectors = vectors_of_plane<T>(part);
-  std::int64_t plane = begin_of(part, w);
-  std::int64_t planes = kFirst / vectors;
-  for (std::int64_t left = part.end / part.plane; left > 0;) {
-    planes = planes < left ? planes : left;
-    f(plane, planes);
-    left -= planes;
-    plane += planes * part.stride;
-    planes = Chains<T>::kBlock / vectors;
-  }
 }
 
 }  // namespace

@@ -17,21 +17,26 @@ namespace {
 // and, from the second block on, its mean so far. m2 is the squares less what the mean moves by,
 // and what that cancels is bounded by the number of vectors in the first block, which is short.
 template <typename T>
-struct ChannelMoments {
+struct BlockMoments {
   using Real = RealOf<T>;
-  static constexpr int kFirstBlock = 8;
+  static constexpr int kFirstBlock = 8;  // vectors
 
-  const Lanes<T> pivot;
+  Lanes<T> pivot;
   Lanes<T> mean;  // of x - pivot
   Centre<Lanes<T>> centre;
-  Lanes<T> m2{};
-  Lanes<T> count{};
-  Chains<T> chains{kFirstBlock};
-  Lanes<T> in_tails{};  // elements of this block that did not come in a whole vector
-  int tails = 0;
+  Lanes<T> m2;
+  Lanes<T> count;
 
-  BRN_LANES ChannelMoments(Lanes<T> pivots, Lanes<T> first)
-      : pivot(pivots), mean(first - pivots), centre(centre_of(pivot, mean)) {}
+  BlockMoments() = default;
+  BRN_LANES BlockMoments(Lanes<T> pivots, Lanes<T> first)
+      : pivot(pivots), mean(first - pivots), centre(centre_of(pivot, mean)), m2{}, count{} {}
+
+  // The centre becomes the mean of `made` elements of each lane, whose deviations from it are
+  // given.
+  BRN_LANES void recentre(Lanes<T> made, LaneSums<T> sums) {
+    mean += (sums.values - made * centre.residue) / made;
+    centre = centre_of(pivot, mean);
+  }
 
   // What `made` elements of each lane come to around the centre, and their squares.
   BRN_LANES void add_block(Lanes<T> made, LaneSums<T> sums) {
@@ -43,6 +48,24 @@ struct ChannelMoments {
     m2 += dd - d * step;
     centre = centre_of(pivot, mean);
   }
+
+  BRN_LANES SharedMoments<Real, Real> across(Real n) const {
+    const Real total = sum_across(count * mean) / n;
+    const Lanes<T> apart = mean - Lanes<T>::of(total);
+    return {n, total, sum_across(m2 + count * apart * apart)};
+  }
+};
+
+template <typename T>
+struct ChannelMoments : BlockMoments<T> {
+  using Real = RealOf<T>;
+  using BlockMoments<T>::add_block, BlockMoments<T>::centre;
+
+  Chains<T> chains{BlockMoments<T>::kFirstBlock};
+  Lanes<T> in_tails{};  // elements of this block that did not come in a whole vector
+  int tails = 0;
+
+  BRN_LANES ChannelMoments(Lanes<T> pivots, Lanes<T> first) : BlockMoments<T>(pivots, first) {}
 
   BRN_LANES void close() {
     const Lanes<T> made = Lanes<T>::of(static_cast<Real>(chains.vectors - tails)) + in_tails;
@@ -70,27 +93,19 @@ struct ChannelMoments {
         },
         [&]() BRN_INLINED { close(); });
   }
-
-  BRN_LANES SharedMoments<Real, Real> across(Real n) const {
-    const Real total = sum_across(count * mean) / n;
-    const Lanes<T> apart = mean - Lanes<T>::of(total);
-    return {n, total, sum_across(m2 + count * apart * apart)};
-  }
 };
 
 // Sums of deviations(v) over vectors v of x, and of their squares.
-template <typename T, typename Deviation>
+template <typename T, typename Fetch, typename Deviation>
 BRN_LANES LaneSums<T> plane_deviations(const Part& part, std::int64_t plane, std::int64_t planes,
-                                       const T* x, bool fetching, Deviation deviation) {
+                                       const T* x, Fetch fetch, Deviation deviation) {
   return plane_sums<T>(
       part, plane, planes,
       [&](std::int64_t at, auto mask) BRN_INLINED {
         const Lanes<T> d = mask(deviation(load(x + at)));
         return LaneSums<T>::of(d, d);
       },
-      [&](std::int64_t next) BRN_INLINED {
-        if (fetching) fetch_plane(part, x + next);
-      });
+      fetch);
 }
 
 // Of a channel of few vectors, in two sweeps: the second one finds them in the L1.
@@ -100,12 +115,18 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, st
                                                             Lanes<T> pivot) {
   using Real = RealOf<T>;
   const Real count = static_cast<Real>(part.end);
-  const LaneSums<T> shifted = plane_deviations(part, plane, planes, x, has_planes_apart(part),
-                                               [&](Lanes<T> v) BRN_INLINED { return v - pivot; });
+  const bool apart = has_planes_apart(part);
+  const LaneSums<T> shifted = plane_deviations(
+      part, plane, planes, x,
+      [&](std::int64_t next) BRN_INLINED {
+        if (apart) fetch_plane(part, x + next);
+      },
+      [&](Lanes<T> v) BRN_INLINED { return v - pivot; });
   const Real mean = sum_across(shifted.values) / count;
   const Lanes<T> means = Lanes<T>::of(mean);
   const LaneSums<T> deviations = plane_deviations(
-      part, plane, planes, x, false, [&](Lanes<T> v) BRN_INLINED { return (v - pivot) - means; });
+      part, plane, planes, x, [](std::int64_t) {},
+      [&](Lanes<T> v) BRN_INLINED { return (v - pivot) - means; });
   return {count, mean, sum_across(deviations.products)};
 }
 
@@ -128,30 +149,6 @@ void brief_channel_moments(const Part& part, const T* x, RealOf<T>* pivot, RealO
     const auto moments = brief_moments(part, begin_of(part, w), planes, x, pivots);
     mean[w] = moments.mean;
     m2[w] = moments.m2;
-  }
-}
-
-// Of all channels of a part with brief planes.
-template <typename T>
-void brief_plane_moments(const Part& part, const T* x, RealOf<T>* pivot, RealOf<T>* mean,
-                         RealOf<T>* m2) {
-  using Real = RealOf<T>;
-  constexpr int kStep = kLanes<T>;
-  const Lanes<T> of_plane = Lanes<T>::of(static_cast<Real>(part.plane / kStep)) +
-                            last_elements<T>(part.plane % kStep)(Lanes<T>::of(1));
-  for (std::int64_t w = 0; w < part.width; ++w) {
-    const Lanes<T> pivots = Lanes<T>::of(take_pivot(part, w, x, pivot));
-    ChannelMoments<T> moments(pivots, first_vector(part, w, x));
-    const auto add = [&](std::int64_t plane, std::int64_t planes) BRN_INLINED {
-      const Lanes<T> centre = moments.centre.centre;
-      moments.add_block(of_plane * static_cast<Real>(planes),
-                        plane_deviations(part, plane, planes, x, true,
-                                         [&](Lanes<T> v) BRN_INLINED { return v - centre; }));
-    };
-    for_each_block_of_planes<ChannelMoments<T>::kFirstBlock, T>(part, w, add);
-    const auto channel = moments.across(static_cast<Real>(part.end));
-    mean[w] = channel.mean;
-    m2[w] = channel.m2;
   }
 }
 

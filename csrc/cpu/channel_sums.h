@@ -74,19 +74,14 @@ BRN_LANES double sum_in_double(const ExactSum<Lanes<T>>& exact) {
   return sum_in_double(exact.sum) + sum_in_double(error);
 }
 
-template <typename T>
+template <typename T, typename Fetch>
 BRN_LANES LaneSums<T> plane_products(const Part& part, std::int64_t plane, std::int64_t planes,
-                                     const T* dy, const T* x, Lanes<T> centre) {
-  const bool apart = has_planes_apart(part);
+                                     const T* dy, const T* x, Lanes<T> centre, Fetch fetch) {
   return plane_sums<T>(
       part, plane, planes,
       [&](std::int64_t at, auto mask)
           BRN_INLINED { return LaneSums<T>::of(mask(load(dy + at)), mask(load(x + at) - centre)); },
-      [&](std::int64_t next) BRN_INLINED {
-        if (!apart) return;
-        fetch_plane(part, dy + next);
-        fetch_plane(part, x + next);
-      });
+      fetch);
 }
 
 template <typename Real>
@@ -102,27 +97,16 @@ template <typename T>
 void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                         const SumRows<RealOf<T>>& rows) {
   const std::int64_t planes = part.end / part.plane;
+  const bool apart = has_planes_apart(part);
+  const auto fetch_next = [&](std::int64_t next) BRN_INLINED {
+    if (!apart) return;
+    fetch_plane(part, dy + next);
+    fetch_plane(part, x + next);
+  };
   for (std::int64_t w = 0; w < part.width; ++w) {
-    const LaneSums<T> sums =
-        plane_products(part, begin_of(part, w), planes, dy, x, Lanes<T>::of(centres[w]));
+    const LaneSums<T> sums = plane_products(part, begin_of(part, w), planes, dy, x,
+                                            Lanes<T>::of(centres[w]), fetch_next);
     keep_sums(rows, w, sum_in_double(sums.values), sum_in_double(sums.products));
-  }
-}
-
-// Of all channels of a part with brief planes.
-template <typename T>
-void brief_plane_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
-                      const SumRows<RealOf<T>>& rows) {
-  for (std::int64_t w = 0; w < part.width; ++w) {
-    ExactSum<Lanes<T>> g{};
-    ExactSum<Lanes<T>> gx{};
-    const auto add = [&](std::int64_t plane, std::int64_t planes) BRN_INLINED {
-      const LaneSums<T> sums = plane_products(part, plane, planes, dy, x, Lanes<T>::of(centres[w]));
-      g.add(sums.values);
-      gx.add(sums.products);
-    };
-    for_each_block_of_planes<Chains<T>::kBlock, T>(part, w, add);
-    keep_sums(rows, w, sum_in_double(g), sum_in_double(gx));
   }
 }
 

@@ -25,71 +25,90 @@ BRN_LANES void cover(std::int64_t at, std::int64_t length, F whole, Rest rest) {
   if (at < end) whole(end - kStep);
 }
 
+template <typename T>
+BRN_LANES CentredAffine<Lanes<T>> affine_of(const Affines<RealOf<T>>& a, std::int64_t w) {
+  return {Lanes<T>::of(a.centre[w]), Lanes<T>::of(a.scale[w]), Lanes<T>::of(a.shift[w])};
+}
+template <typename T>
+BRN_LANES Projection<Lanes<T>> projection_of(const Projections<RealOf<T>>& p, std::int64_t w) {
+  return {Lanes<T>::of(p.mean_g[w]), Lanes<T>::of(p.slope[w]), Lanes<T>::of(p.scale[w])};
+}
+
+// A run. `next` elements further on another is written, and `ahead` elements further on, if that is
+// not 0, what lies there is fetched.
+template <bool kAlong, typename T>
+BRN_LANES void normalise_run(const Part& part, const CentredAffine<Lanes<T>>& affine, const T* x,
+                             T* y, std::int64_t at, std::int64_t length, std::int64_t next,
+                             std::int64_t ahead) {
+  const auto whole = [&](std::int64_t i) BRN_INLINED {
+    if constexpr (kAlong) {
+      fetch<true>(y + i + next);
+      if (ahead != 0) fetch(x + i + ahead);
+    }
+    store(y + i, apply(affine, load(x + i)));
+  };
+  const auto streamed = [&](std::int64_t i)
+                            BRN_INLINED { stream(y + i, apply(affine, load(x + i))); };
+  const auto rest = [&](std::int64_t i, std::int64_t n) {
+    store_first(y + i, apply(affine, load_first(x + i, n)), n);
+  };
+  if (part.streamed && is_aligned(y + at, length)) return cover<T>(at, length, streamed, rest);
+  fetch_plane<true>(part, y + at + part.plane);
+  if (ahead != 0) fetch_plane(part, x + at + ahead);
+  cover<T>(at, length, whole, rest);
+}
+
 template <bool kAlong, typename T>
 BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
                                  const Affines<RealOf<T>>& a, T* y) {
-  const CentredAffine<Lanes<T>> affine{Lanes<T>::of(a.centre[w]), Lanes<T>::of(a.scale[w]),
-                                       Lanes<T>::of(a.shift[w])};
+  const CentredAffine<Lanes<T>> affine = affine_of<T>(a, w);
   const std::int64_t ahead = fetched_ahead_of_writing<T>(part);
-  const auto normalise = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
-    const auto whole = [&](std::int64_t i) BRN_INLINED {
-      if constexpr (kAlong) {
-        fetch<true>(y + i + next);
-        if (ahead != 0) fetch(x + i + ahead);
-      }
-      store(y + i, apply(affine, load(x + i)));
-    };
-    const auto streamed = [&](std::int64_t i)
-                              BRN_INLINED { stream(y + i, apply(affine, load(x + i))); };
-    const auto rest = [&](std::int64_t i, std::int64_t n) {
-      store_first(y + i, apply(affine, load_first(x + i, n)), n);
-    };
-    if (part.streamed && is_aligned(y + at, length)) {
-      return cover<T>(at, length, streamed, rest);
-    }
-    fetch_plane<true>(part, y + at + part.plane);
-    if (ahead != 0) fetch_plane(part, x + at + ahead);
-    cover<T>(at, length, whole, rest);
+  for_each_run(part, w, [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
+    normalise_run<kAlong>(part, affine, x, y, at, length, next, ahead);
+  });
+}
+
+template <bool kAlong, typename T>
+BRN_LANES void project_run(const Part& part, Lanes<T> centre,
+                           const Projection<Lanes<T>>& projection, const T* dy, const T* x, T* dx,
+                           std::int64_t at, std::int64_t length, std::int64_t next,
+                           std::int64_t ahead) {
+  const auto projected = [&](std::int64_t i) BRN_INLINED {
+    return apply(projection, load(dy + i), load(x + i) - centre);
   };
-  for_each_run(part, w, normalise);
+  const auto whole = [&](std::int64_t i) BRN_INLINED {
+    if constexpr (kAlong) {
+      fetch<true>(dx + i + next);
+      if (ahead != 0) {
+        fetch(dy + i + ahead);
+        fetch(x + i + ahead);
+      }
+    }
+    store(dx + i, projected(i));
+  };
+  const auto streamed = [&](std::int64_t i) BRN_INLINED { stream(dx + i, projected(i)); };
+  const auto rest = [&](std::int64_t i, std::int64_t n) {
+    const Lanes<T> x_minus_centre = load_first(x + i, n) - centre;
+    store_first(dx + i, apply(projection, load_first(dy + i, n), x_minus_centre), n);
+  };
+  if (part.streamed && is_aligned(dx + at, length)) return cover<T>(at, length, streamed, rest);
+  fetch_plane<true>(part, dx + at + part.plane);
+  if (ahead != 0) {
+    fetch_plane(part, dy + at + ahead);
+    fetch_plane(part, x + at + ahead);
+  }
+  cover<T>(at, length, whole, rest);
 }
 
 template <bool kAlong, typename T>
 BRN_LANES void channel_project(const Part& part, std::int64_t w, const T* dy, const T* x,
                                const RealOf<T>* centres, const Projections<RealOf<T>>& p, T* dx) {
   const Lanes<T> centre = Lanes<T>::of(centres[w]);
-  const Projection<Lanes<T>> projection{Lanes<T>::of(p.mean_g[w]), Lanes<T>::of(p.slope[w]),
-                                        Lanes<T>::of(p.scale[w])};
+  const Projection<Lanes<T>> projection = projection_of<T>(p, w);
   const std::int64_t ahead = fetched_ahead_of_writing<T>(part);
-  const auto project = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
-    const auto whole = [&](std::int64_t i) BRN_INLINED {
-      if constexpr (kAlong) {
-        fetch<true>(dx + i + next);
-        if (ahead != 0) {
-          fetch(dy + i + ahead);
-          fetch(x + i + ahead);
-        }
-      }
-      store(dx + i, apply(projection, load(dy + i), load(x + i) - centre));
-    };
-    const auto streamed = [&](std::int64_t i) BRN_INLINED {
-      stream(dx + i, apply(projection, load(dy + i), load(x + i) - centre));
-    };
-    const auto rest = [&](std::int64_t i, std::int64_t n) {
-      const Lanes<T> x_minus_centre = load_first(x + i, n) - centre;
-      store_first(dx + i, apply(projection, load_first(dy + i, n), x_minus_centre), n);
-    };
-    if (part.streamed && is_aligned(dx + at, length)) {
-      return cover<T>(at, length, streamed, rest);
-    }
-    fetch_plane<true>(part, dx + at + part.plane);
-    if (ahead != 0) {
-      fetch_plane(part, dy + at + ahead);
-      fetch_plane(part, x + at + ahead);
-    }
-    cover<T>(at, length, whole, rest);
-  };
-  for_each_run(part, w, project);
+  for_each_run(part, w, [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
+    project_run<kAlong>(part, centre, projection, dy, x, dx, at, length, next, ahead);
+  });
 }
 
 }  // namespace

@@ -71,12 +71,15 @@ BRN_LANES bool is_fetched_along(const Part& part) {
 }
 // Whether the next plane lies apart. A lone plane's neighbour does not, and prefetchers follow.
 BRN_LANES bool has_planes_apart(const Part& part) { return part.end - part.begin > part.plane; }
+template <bool kToWrite = false, typename T>
+BRN_LANES void fetch_lines(const Part& part, const T* plane) {
+  constexpr std::int64_t kLine = 64 / sizeof(T);
+  for (std::int64_t i = 0; i < part.plane; i += kLine) fetch<kToWrite>(plane + i);
+}
 // A short plane, all of it.
 template <bool kToWrite = false, typename T>
 BRN_LANES void fetch_plane(const Part& part, const T* plane) {
-  constexpr std::int64_t kLine = 64 / sizeof(T);
-  if (part.plane > kShortPlane<T>) return;
-  for (std::int64_t i = 0; i < part.plane; i += kLine) fetch<kToWrite>(plane + i);
+  if (part.plane <= kShortPlane<T>) fetch_lines<kToWrite>(part, plane);
 }
 
 // While a slab is written its planes come from the cache and memory has time for the slab after it:

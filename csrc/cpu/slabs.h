@@ -23,7 +23,6 @@ namespace brn::cpu {
 // One tensor's share of a part: enough to make up for its merge.
 constexpr std::int64_t kPartBytes = 256 * 1024;
 constexpr std::int64_t kMostParts = 64;
-static_assert(kMostL2Bytes / 4 <= kPartBytes, "a slab of several channels is one part");
 
 // Measured, here and in the other files, on two cores of an AMD EPYC with AVX-512, 1 MB of L2 a
 // core and 32 MB of L3; where it says Zen 3 or AVX2, on two of an older one, 512 KB of L2 a core.
@@ -89,11 +88,15 @@ inline std::int64_t slab_width(const Problem& p, int inputs) {
     // Small channels together, to make up for what a slab costs, but four slabs for four threads.
     // All they read is a quarter of the L2, or an eighth where the next slab is fetched meanwhile
     // (see to_next()). Forward, one thread, float32, 1 MB of L2, against an eighth: (1, 512, 28,
-    // 28) 1.07, (4, 1024, 14, 14) 1.06 and (32, 2048, 7, 7) 0.96 times as fast; half of it: 0.5 and
-    // 0.7. 512 KB of L2, against twice as much, the mean of seven shapes each and both of float32
-    // and bfloat16: forward 1.01 and 1.02, backward 1.05 and 1.06.
+    // 28) 1.07 and (4, 1024, 14, 14) 1.06 times as fast; half of it: 0.5 and 0.7. 512 KB of L2,
+    // against twice as much, the mean of seven shapes each and both of float32 and bfloat16:
+    // forward 1.01 and 1.02, backward 1.05 and 1.06. Plane by plane it is half of the L2, where the
+    // planes of a slab are long pieces of memory: (32, 256, 14, 14) forward and backward, against a
+    // quarter, 1.08 and 1.45; three quarters, forward, 0.98, and of (32, 2048, 7, 7) 0.68.
     const std::int64_t bytes = channel * p.channels;
-    const std::int64_t most = l2_bytes() / (p.batch < kManyPlanes ? 4 : 8) / inputs;
+    const bool by_plane = are_many_short_planes(p.batch, p.spatial * size_of(p.dtype));
+    const std::int64_t share = by_plane ? 2 : p.batch < kManyPlanes ? 4 : 8;
+    const std::int64_t most = std::min(l2_bytes() / share / inputs, kPartBytes);  // one part
     const std::int64_t small = std::clamp<std::int64_t>(bytes / 4, 16 * 1024, most);
     return std::clamp<std::int64_t>(small / channel, 1, std::max<std::int64_t>(p.channels, 1));
   }

@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "lanes.h"
 #include "narrow.h"
+#include "plane_by_plane.h"
 #include "rows.h"
 #include "runs.h"
 
@@ -73,7 +74,9 @@ struct Entries {
       // it.
       const bool helps = sizeof(T) == 2 || has_planes_apart(part);
       if (is_brief<T>(part)) return brief_channel_moments(part, x, pivot, mean, m2);
-      if (has_brief_planes<T>(part)) return brief_plane_moments(part, x, pivot, mean, m2);
+      if (goes_plane_by_plane<T>(part)) {
+        return moments_plane_by_plane(part, x, pivot, mean, m2);
+      }
       for_each_channel(part, helps, [&](std::int64_t w, auto along) BRN_INLINED {
         const auto moments = channel_moments<along>(part, w, x, take_pivot(part, w, x, pivot));
         mean[w] = moments.mean;
@@ -89,7 +92,7 @@ struct Entries {
                    const SumRows<Real>& out) {
     if (part.layout == Layout::kChannelsFirst) {
       if (is_brief<T>(part)) return brief_channel_sums(part, dy, x, centres, out);
-      if (has_brief_planes<T>(part)) return brief_plane_sums(part, dy, x, centres, out);
+      if (goes_plane_by_plane<T>(part)) return sums_plane_by_plane(part, dy, x, centres, out);
       for_each_channel(part, fetching_helps(part), [&](std::int64_t w, auto along) BRN_INLINED {
         channel_sums<along>(part, w, dy, x, centres, out);
       });
@@ -100,7 +103,9 @@ struct Entries {
   }
 
   static void normalise(const Part& part, const T* x, const Affines<Real>& a, T* y) {
-    if (part.layout == Layout::kChannelsFirst) {
+    if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
+      normalise_plane_by_plane(part, x, a, y);
+    } else if (part.layout == Layout::kChannelsFirst) {
       for_each_channel(part, fetching_helps(part), [&](std::int64_t w, auto along) BRN_INLINED {
         channel_normalise<along>(part, w, x, a, y);
       });
@@ -113,7 +118,9 @@ struct Entries {
 
   static void project(const Part& part, const T* dy, const T* x, const Real* centres,
                       const Projections<Real>& p, T* dx) {
-    if (part.layout == Layout::kChannelsFirst) {
+    if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
+      project_plane_by_plane(part, dy, x, centres, p, dx);
+    } else if (part.layout == Layout::kChannelsFirst) {
       for_each_channel(part, fetching_helps(part), [&](std::int64_t w, auto along) BRN_INLINED {
         channel_project<along>(part, w, dy, x, centres, p, dx);
       });
