@@ -31,7 +31,7 @@ CUTS = [
     Case("C = 2061", (150, 2061), "rows are reduced by two blocks of columns and 13 more"),
     Case("S = 7", (33, 5, 7), "runs shorter than a vector"),
     Case("S = 49", (32, 70, 7, 7), "runs of three vectors and one value"),
-    Case("S = 42", (9, 333, 6, 7), "many short planes, of more channels than go together"),
+    Case("S = 17", (40, 200, 17), "many short planes, of more channels than go together"),
     Case("S = 289", (6, 33, 17, 17), "runs of 18 vectors and one value"),
     Case("parts", (2, 1, 400, 401), "one channel in several parts, cut within a plane"),
     Case("three channels", (2, 3, 300, 300), "more slabs than threads, but not evenly so"),
