@@ -84,11 +84,10 @@ BRN_LANES void fetch_plane(const Part& part, const T* plane) {
 
 // While a slab is written its planes come from the cache and memory has time for the slab after it:
 // elements to the same place there, or 0. That pays where prefetchers would have to find many
-// planes. Forward and backward, one thread, float32: (32, 2048, 7, 7) 1.26 and 1.32 times as fast,
-// (32, 64, 56, 56) 1.05 and 1.08; (1, 256, 56, 56) 0.92 and 0.96.
-// On Zen 3 with AVX2 four planes are enough if they are long, or of 16-bit elements, whose
-// arithmetic takes longer: (4, 64, 56, 56) float32 1.07 and 1.04, bfloat16 1.05 and 1.12; but (4,
-// 1024, 14, 14) float32 0.92 and 0.94.
+// planes. Forward and backward, one thread, float32: (32, 64, 56, 56) 1.05 and 1.08 times as fast,
+// (1, 256, 56, 56) 0.92 and 0.96. On Zen 3 with AVX2 four planes are enough if they are long, or of
+// 16-bit elements, whose arithmetic takes longer: (4, 64, 56, 56) float32 1.07 and 1.04, bfloat16
+// 1.05 and 1.12; but (4, 1024, 14, 14) float32 0.92 and 0.94.
 template <typename T>
 BRN_LANES std::int64_t fetched_ahead_of_writing(const Part& part) {
   constexpr std::int64_t kSome = sizeof(T) == 2 ? kShortPlane<T> : 4096 / sizeof(T);
