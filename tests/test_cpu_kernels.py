@@ -266,7 +266,16 @@ def test_sums_of_many_values_are_as_good_as_those_of_batch_norm(form):
 
 @BOTH_LAYOUTS
 @pytest.mark.parametrize(
-    "shape", [(32, 4, 112, 112), (1300, 4, 7, 7), (330, 4, 14, 14), (32, 64, 112, 30)], ids=str
+    "shape",
+    [
+        (32, 4, 112, 112),
+        (1300, 4, 7, 7),
+        (330, 4, 14, 14),
+        (640, 4, 2, 4),
+        (640, 4, 1, 4),
+        (32, 64, 112, 30),
+    ],
+    ids=str,
 )
 def test_a_long_sum_keeps_what_its_additions_round_off(shape, form):
     """Equal terms round in the same direction each time. In long planes and in short ones, in rows

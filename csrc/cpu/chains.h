@@ -1,11 +1,9 @@
 // Sums over the vectors of a channel of kChannelsFirst.
 #pragma once
 
-#include "../core/types.h"
 #include "accumulate.h"
 #include "isa.h"
 #include "lanes.h"
-#include "runs.h"
 
 #include <cstdint>
 
@@ -14,20 +12,23 @@ namespace {
 
 // Pairs of sums over runs, vector by vector in four chains, or in two where those of 16-bit
 // elements would take all sixteen registers (2% of a forward, Zen 3 with AVX2). After a block of
-// vectors they are taken, so that few additions stand between an element and the total.
+// vectors they are taken, so that few additions stand between an element and the total. What runs
+// leave over goes into one chain, and as many additions are enough.
 template <typename T>
 struct Chains {
   static constexpr int kBlock = 64;
+  static constexpr int kMostTails = kBlock / 4;
   static constexpr int kCount = Lanes<T>::kVectors > 1 && BRN_VECTOR_BYTES < 64 ? 2 : 4;
 
   int block = kBlock;
   int vectors = 0;
+  int tails = 0;  // of these
   LaneSums<T> sums[kCount] = {};
 
   BRN_LANES LaneSums<T> take() {
     const LaneSums<T> taken = sum_of<kCount>(sums);
     for (LaneSums<T>& sum : sums) sum = {};
-    vectors = 0;
+    vectors = tails = 0;
     block = kBlock;
     return taken;
   }
@@ -56,8 +57,9 @@ struct Chains {
     if (i < length) {
       sums[1] += last(i);
       ++vectors;
+      ++tails;
     }
-    if (vectors > block - kCount) close();
+    if (vectors > block - kCount || tails == kMostTails) close();
   }
 };
 
@@ -69,7 +71,7 @@ BRN_LANES bool has_whole_planes(const Part& part) {
 
 template <typename T>
 BRN_LANES std::int64_t vectors_of_plane(const Part& part) {
-  return ceil_div(part.plane, std::int64_t{kLanes<T>});
+  return (part.plane + kLanes<T> - 1) / kLanes<T>;
 }
 
 // A channel of few vectors has no time for chains and blocks: what comes after them would take

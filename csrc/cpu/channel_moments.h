@@ -15,7 +15,8 @@ namespace {
 
 // Moments, lane by lane and in one sweep: deviations from a centre that is a lane's first element
 // and, from the second block on, its mean so far. m2 is the squares less what the mean moves by,
-// and what that cancels is bounded by the number of vectors in the first block, which is short.
+// and what that cancels is bounded by the number of vectors in the first block, which is short, or
+// begins with recentre().
 template <typename T>
 struct BlockMoments {
   using Real = RealOf<T>;
@@ -31,8 +32,7 @@ struct BlockMoments {
   BRN_LANES BlockMoments(Lanes<T> pivots, Lanes<T> first)
       : pivot(pivots), mean(first - pivots), centre(centre_of(pivot, mean)), m2{}, count{} {}
 
-  // The centre becomes the mean of `made` elements of each lane, whose deviations from it are
-  // given.
+  // The centre becomes the mean of `made` elements of each lane, which deviate so from what it was.
   BRN_LANES void recentre(Lanes<T> made, LaneSums<T> sums) {
     mean += (sums.values - made * centre.residue) / made;
     centre = centre_of(pivot, mean);
@@ -63,15 +63,13 @@ struct ChannelMoments : BlockMoments<T> {
 
   Chains<T> chains{BlockMoments<T>::kFirstBlock};
   Lanes<T> in_tails{};  // elements of this block that did not come in a whole vector
-  int tails = 0;
 
   BRN_LANES ChannelMoments(Lanes<T> pivots, Lanes<T> first) : BlockMoments<T>(pivots, first) {}
 
   BRN_LANES void close() {
-    const Lanes<T> made = Lanes<T>::of(static_cast<Real>(chains.vectors - tails)) + in_tails;
+    const Lanes<T> made = Lanes<T>::of(static_cast<Real>(chains.vectors - chains.tails)) + in_tails;
     add_block(made, chains.take());
     in_tails = {};
-    tails = 0;
   }
 
   template <bool kAlong>
@@ -84,7 +82,6 @@ struct ChannelMoments : BlockMoments<T> {
           const Mask<T> mask =
               length >= kStep ? last_elements<T>(length - i) : first_elements<T>(length);
           in_tails += mask(Lanes<T>::of(1));
-          ++tails;
           const Lanes<T> v = length >= kStep ? load(x + length - kStep) : load_first(x, length);
           return sums_of(mask(v - centre.centre));
         },

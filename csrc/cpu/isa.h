@@ -14,12 +14,14 @@
 
 namespace brn::cpu {
 
-// From so many planes a channel on, the next slab is fetched while one is written.
+// From so many planes a channel on, the next slab is fetched while one is written; where vectors
+// are short, in some cases from half as many on (see runs.h).
 constexpr std::int64_t kManyPlanes = 8;
 
 // Planes of so few bytes are done in the order of memory: see plane_by_plane.h.
 constexpr std::int64_t kShortPlaneBytes = 1024;
-constexpr bool are_many_short_planes(std::int64_t planes, std::int64_t bytes) {
+__attribute__((always_inline)) constexpr bool are_many_short_planes(std::int64_t planes,
+                                                                    std::int64_t bytes) {
   return planes >= kManyPlanes && bytes <= kShortPlaneBytes;
 }
 

@@ -30,28 +30,34 @@ BRN_LANES bool goes_plane_by_plane(const Part& part) {
   return has_whole_planes<T>(part) && are_many_short_planes(part.end / part.plane, bytes);
 }
 
-constexpr std::int64_t kGroup = 32;  // channels: what is kept of them takes half of an L1 at most
+// Channels that go together: what is kept of them takes half of an L1 at most.
+template <typename T>
+constexpr std::int64_t kGroup = sizeof(Lanes<T>) < 128 ? 32 : 16;
 
-template <typename F>
+template <typename T, typename F>
 BRN_LANES void for_each_group(const Part& part, F f) {
-  for (std::int64_t w = 0; w < part.width; w += kGroup) {
-    f(w, part.width - w < kGroup ? part.width - w : kGroup);
+  for (std::int64_t w = 0; w < part.width; w += kGroup<T>) {
+    f(w, part.width - w < kGroup<T> ? part.width - w : kGroup<T>);
   }
 }
 
 // Sums over the planes of the `count` channels from `first` on. each(element, k, next): what the
 // plane that begins at the element adds to the k-th of them; `next` elements further on begins its
-// next one, or it is 0. close(planes, k, sums) takes the sums of a block of planes, which has as
-// many vectors as a block of chains; the first one has kFirst.
+// next one, or it is 0. close(planes, k, sums) takes the sums of a block of planes: one at least,
+// else as many as have no more vectors than a block of chains, or in the first one kFirst, and no
+// more than sixteen, since those of one vector are added one after the other.
 template <int kFirst, typename T, typename Each, typename Close>
 BRN_LANES void reduce_plane_by_plane(const Part& part, std::int64_t first, std::int64_t count,
                                      Each each, Close close) {
+  static_assert(kShortPlaneBytes <= Chains<T>::kBlock * BRN_VECTOR_BYTES, "a plane is no more");
+  constexpr std::int64_t kMostPlanes = 16;
   const std::int64_t vectors = vectors_of_plane<T>(part);
-  LaneSums<T> open[kGroup];
+  LaneSums<T> open[kGroup<T>];
   std::int64_t plane = begin_of(part, first);
   std::int64_t in_block = kFirst;
   for (std::int64_t left = part.end / part.plane; left > 0; in_block = Chains<T>::kBlock) {
-    const std::int64_t most = vectors < in_block ? in_block / vectors : 1;
+    const std::int64_t fit = vectors < in_block ? in_block / vectors : 1;
+    const std::int64_t most = fit < kMostPlanes ? fit : kMostPlanes;
     const std::int64_t block = left < most ? left : most;
     for (std::int64_t n = 0; n < block; ++n, plane += part.stride) {
       const std::int64_t next = --left > 0 ? part.stride : 0;
@@ -68,8 +74,8 @@ BRN_LANES void reduce_plane_by_plane(const Part& part, std::int64_t first, std::
   }
 }
 
-// A plane is longer than a first block may be (see BlockMoments), unless its own mean becomes the
-// centre beforehand: of each channel the first one is read twice.
+// A plane may be longer than a first block should be (see BlockMoments). Then its own mean becomes
+// the centre beforehand: of each channel the first one is read twice.
 template <typename T>
 void moments_plane_by_plane(const Part& part, const T* x, RealOf<T>* pivot, RealOf<T>* mean,
                             RealOf<T>* m2) {
@@ -78,8 +84,9 @@ void moments_plane_by_plane(const Part& part, const T* x, RealOf<T>* pivot, Real
   constexpr int kStep = kLanes<T>;
   const Lanes<T> of_plane = Lanes<T>::of(static_cast<Real>(part.plane / kStep)) +
                             last_elements<T>(part.plane % kStep)(Lanes<T>::of(1));
-  for_each_group(part, [&](std::int64_t first, std::int64_t count) BRN_INLINED {
-    BlockMoments<T> moments[kGroup];
+  for_each_group<T>(part, [&](std::int64_t first, std::int64_t count) BRN_INLINED {
+    BlockMoments<T> moments[kGroup<T>];
+    static_assert(sizeof(moments) + kGroup<T> * sizeof(LaneSums<T>) <= 16 * 1024);
     const auto deviations = [&](std::int64_t plane, std::int64_t k, std::int64_t next) BRN_INLINED {
       const Lanes<T> centre = moments[k].centre.centre;
       return plane_deviations(
@@ -111,9 +118,9 @@ void moments_plane_by_plane(const Part& part, const T* x, RealOf<T>* pivot, Real
 template <typename T>
 void sums_plane_by_plane(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                          const SumRows<RealOf<T>>& rows) {
-  for_each_group(part, [&](std::int64_t first, std::int64_t count) BRN_INLINED {
-    ExactSum<Lanes<T>> g[kGroup];
-    ExactSum<Lanes<T>> gx[kGroup];
+  for_each_group<T>(part, [&](std::int64_t first, std::int64_t count) BRN_INLINED {
+    ExactSum<Lanes<T>> g[kGroup<T>];
+    ExactSum<Lanes<T>> gx[kGroup<T>];
     for (std::int64_t k = 0; k < count; ++k) g[k] = gx[k] = {};
     reduce_plane_by_plane<Chains<T>::kBlock, T>(
         part, first, count,
@@ -139,7 +146,8 @@ void sums_plane_by_plane(const Part& part, const T* dy, const T* x, const RealOf
 // Calls f(w, element) for the planes of a part.
 template <typename F>
 BRN_LANES void for_each_plane(const Part& part, F f) {
-  for (std::int64_t n = 0; n < part.end / part.plane; ++n) {
+  const std::int64_t planes = part.end / part.plane;
+  for (std::int64_t n = 0; n < planes; ++n) {
     for (std::int64_t w = 0; w < part.width; ++w) f(w, begin_of(part, w) + n * part.stride);
   }
 }

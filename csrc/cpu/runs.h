@@ -57,9 +57,9 @@ BRN_LANES Lanes<T> first_vector(const Part& part, std::int64_t w, const T* x) {
 // or of dy and x out of memory, one thread, float32, without and with it: (32, 64, 56, 56), moments
 // 14 and 18, sums 21 and 27; (32, 128, 28, 28), 13 and 17, 16 and 25. So many lines at once can be
 // too many. Zen 3 with AVX2, plane at once and vector by vector, us: (32, 128, 28, 28) bfloat16,
-// forward 2,011 and 1,558, backward 3,806 and 2,568; (32, 256, 14, 14) float32, backward 3,321 and
-// 2,644; but (32, 512, 7, 7) float32, forward 684 and 1,011. With AVX-512 only 2048 bytes have been
-// measured.
+// forward 2,011 and 1,558, backward 3,806 and 2,568; channel by channel (see plane_by_plane.h),
+// (32, 256, 14, 14) float32, backward 3,321 and 2,644, but (32, 512, 7, 7), forward 684 and 1,011.
+// With AVX-512 only 2048 bytes have been measured.
 template <typename T>
 constexpr std::int64_t kShortPlane = (BRN_VECTOR_BYTES == 64 ? 2048 : 384) / sizeof(T);
 template <typename T>

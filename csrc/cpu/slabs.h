@@ -47,7 +47,7 @@ struct Slabs {
   std::int64_t parts = 1;  // of a slab
   std::int64_t share = 0;  // positions of a part; the last may have fewer
 
-  // Elements from a slab to the next, if an L2 has room for much of both; or 0.
+  // Elements from a slab to the next, or 0 if the caches have no room for much of both.
   std::int64_t to_next() const {
     constexpr std::int64_t kMostBytes = 512 * 1024;
     const Problem& p = problem;
@@ -90,14 +90,15 @@ inline std::int64_t slab_width(const Problem& p, int inputs) {
     // (see to_next()). Forward, one thread, float32, 1 MB of L2, against an eighth: (1, 512, 28,
     // 28) 1.07 and (4, 1024, 14, 14) 1.06 times as fast; half of it: 0.5 and 0.7. 512 KB of L2,
     // against twice as much, the mean of seven shapes each and both of float32 and bfloat16:
-    // forward 1.01 and 1.02, backward 1.05 and 1.06. Plane by plane it is half of the L2, where the
-    // planes of a slab are long pieces of memory: (32, 256, 14, 14) forward and backward, against a
-    // quarter, 1.08 and 1.45; three quarters, forward, 0.98, and of (32, 2048, 7, 7) 0.68.
+    // forward 1.01 and 1.02, backward 1.05 and 1.06. Plane by plane it is half of the L2, but no
+    // more than a part, so that the planes of a slab are long pieces of memory: (32, 256, 14, 14)
+    // forward and backward, against a quarter, 1.08 and 1.45; three quarters, forward, 0.98, and of
+    // (32, 2048, 7, 7) 0.68.
     const std::int64_t bytes = channel * p.channels;
     const bool by_plane = are_many_short_planes(p.batch, p.spatial * size_of(p.dtype));
     const std::int64_t share = by_plane ? 2 : p.batch < kManyPlanes ? 4 : 8;
     const std::int64_t most = std::min(l2_bytes() / share / inputs, kPartBytes);  // one part
-    const std::int64_t small = std::clamp<std::int64_t>(bytes / 4, 16 * 1024, most);
+    const std::int64_t small = std::min(std::max<std::int64_t>(bytes / 4, 16 * 1024), most);
     return std::clamp<std::int64_t>(small / channel, 1, std::max<std::int64_t>(p.channels, 1));
   }
   // Whole rows: pieces of rows that are a power of two apart meet in a few sets of the caches (64

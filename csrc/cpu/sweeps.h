@@ -1,7 +1,8 @@
 // The sweeps, written once for every instruction set, layout and element type, and their table.
 //
-// Nothing with a scalar signature in another directory is called from here: the linker could take
-// this copy of an inline function, with this file's instructions, for every processor.
+// Nothing with a scalar signature outside the unnamed namespaces is called from here, unless it is
+// always inlined: the linker could take this copy of an inline function, with this file's
+// instructions, for every processor.
 #pragma once
 
 #include "chains.h"
