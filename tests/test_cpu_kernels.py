@@ -292,10 +292,11 @@ def test_a_long_sum_keeps_what_its_additions_round_off(shape, form):
 @pytest.mark.parametrize(
     "shape", [(32, 70, 7, 7), (32, 5, 14, 14), (2, 3, 300, 300), (700, 5, 1, 2)], ids=str
 )
-def test_a_value_that_is_not_finite_stays_in_its_channel(shape, value, form):
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_value_that_is_not_finite_stays_in_its_channel(shape, at, value, form):
     t = tensors.make(Case("", shape, "", form=form), torch.float32, CPU)
     sound = step(t)
-    t.x[-1, 1, -1, -1] = value
+    t.x[at, 1, at, at] = value
     y, stats, dx, dweight, _, mean, std, _ = step(t)
     others = [c for c in range(shape[1]) if c != 1]
     assert y[:, 1].isnan().all() and dx[:, 1].isnan().all() and std[1].isnan()

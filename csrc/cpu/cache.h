@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#if defined(__unix__) || defined(__APPLE__)
+#if defined(__unix__)
 #include <unistd.h>
 #endif
 

@@ -13,11 +13,11 @@ namespace {
 // Pairs of sums over runs, vector by vector in four chains, or in two where those of 16-bit
 // elements would take all sixteen registers (2% of a forward, Zen 3 with AVX2). After a block of
 // vectors they are taken, so that few additions stand between an element and the total. What runs
-// leave over goes into one chain, and as many additions are enough.
+// leave over goes into one of the chains, which is full earlier if there is nothing else.
 template <typename T>
 struct Chains {
   static constexpr int kBlock = 64;
-  static constexpr int kMostTails = kBlock / 4;
+  static constexpr int kMostInARow = kBlock / 4;  // additions to one sum
   static constexpr int kCount = Lanes<T>::kVectors > 1 && BRN_VECTOR_BYTES < 64 ? 2 : 4;
 
   int block = kBlock;
@@ -59,7 +59,7 @@ struct Chains {
       ++vectors;
       ++tails;
     }
-    if (vectors > block - kCount || tails == kMostTails) close();
+    if (vectors > block - kCount || tails == kMostInARow) close();
   }
 };
 

@@ -56,6 +56,7 @@ struct BlockMoments {
   }
 };
 
+// Run by run, in chains.
 template <typename T>
 struct ChannelMoments : BlockMoments<T> {
   using Real = RealOf<T>;

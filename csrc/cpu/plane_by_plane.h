@@ -44,13 +44,13 @@ BRN_LANES void for_each_group(const Part& part, F f) {
 // Sums over the planes of the `count` channels from `first` on. each(element, k, next): what the
 // plane that begins at the element adds to the k-th of them; `next` elements further on begins its
 // next one, or it is 0. close(planes, k, sums) takes the sums of a block of planes: one at least,
-// else as many as have no more vectors than a block of chains, or in the first one kFirst, and no
-// more than sixteen, since those of one vector are added one after the other.
+// else as many as have no more vectors than a block of chains, or in the first one kFirst; but of
+// one vector each, which are added one after the other, no more than go in a row.
 template <int kFirst, typename T, typename Each, typename Close>
 BRN_LANES void reduce_plane_by_plane(const Part& part, std::int64_t first, std::int64_t count,
                                      Each each, Close close) {
   static_assert(kShortPlaneBytes <= Chains<T>::kBlock * BRN_VECTOR_BYTES, "a plane is no more");
-  constexpr std::int64_t kMostPlanes = 16;
+  constexpr std::int64_t kMostPlanes = Chains<T>::kMostInARow;
   const std::int64_t vectors = vectors_of_plane<T>(part);
   LaneSums<T> open[kGroup<T>];
   std::int64_t plane = begin_of(part, first);
