@@ -16,7 +16,7 @@ from torch import Tensor
 from ._ops import statistic_dtype
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-HALVES = (torch.float16, torch.bfloat16)
+HALVES = frozenset((torch.float16, torch.bfloat16))  # looked into at every call
 
 
 def _require_tensor(value: Any, name: str) -> None:
@@ -113,7 +113,7 @@ def check_arguments(
                 )
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
-            _require(t, x, name, channels, (real, *HALVES))
+            _require(t, x, name, channels, (real, torch.float16, torch.bfloat16))
 
     if num_batches_tracked is not None:
         _require_tensor(num_batches_tracked, "num_batches_tracked")

@@ -37,14 +37,15 @@ def _needed(ctx: Any, gradients: Gradients) -> Gradients:
     return (*found, *[None] * (len(need) - len(found)))
 
 
-def _training_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _training_gradients(ctx: Any, dy: Tensor) -> Gradients:
+    """Of x, weight and bias, and None for what comes after them."""
     x, weight, stats = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         dx, dweight, dbias = TrainingBackward.apply(dy, x, weight, stats, ctx.eps)
     else:
         dx, dweight, dbias = _ops.backward(dy, x, weight, stats)
     need = ctx.needs_input_grad
-    return dx if need[0] else None, dweight if need[1] else None, dbias if need[2] else None
+    return dx if need[0] else None, dweight if need[1] else None, dbias if need[2] else None, None
 
 
 class Training(Function):
@@ -67,9 +68,7 @@ class Training(Function):
         ctx.eps = step[5]
         return y
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
-        return *_training_gradients(ctx, dy), None
+    backward = staticmethod(_training_gradients)
 
 
 class RecordedTraining(Function):
@@ -92,7 +91,7 @@ class RecordedTraining(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        return *_training_gradients(ctx, dy), None, None
+        return *_training_gradients(ctx, dy), None
 
 
 class RepeatedTraining(Function):
@@ -114,7 +113,7 @@ class RepeatedTraining(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        return *_training_gradients(ctx, dy), None, None
+        return *_training_gradients(ctx, dy), None
 
 
 class Inference(Function):

@@ -30,6 +30,7 @@ from .repeats import InferenceRepeat, TrainingRepeat, seen_to
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_jit_tracing = torch._C._is_tracing
+_is_compiling = torch.compiler.is_compiling
 
 
 def batch_renorm(
@@ -126,7 +127,7 @@ def normalise(
     """What :func:`batch_renorm` does, with what the forward operator takes after bias as a tuple.
     `layer`: the moving mean that repetitions by activation checkpointing are recognised by, if
     those in `step` are copies."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         check_arguments(x, weight, bias, training, *step[:8])
         return _traced(x, _wide(weight, x), _wide(bias, x), training, step, clipping)
     try:
@@ -161,8 +162,6 @@ def _trained(
 ) -> Tensor:
     if _is_jit_tracing():
         return _portable(x, weight, bias, True, step)
-    if x.size(0) == 1 and x.numel() == x.size(1):
-        raise RuntimeError("one value per channel")
     if step[0] is not None and checkpoint.may_repeat():
         return _repeatable(x, weight, bias, True, step, clipping, layer)
     return _step(x, weight, bias, step, clipping, None)
@@ -250,8 +249,6 @@ def _transformed(
         )
     if not training:
         return TransformableInference.apply(x, weight, bias, step[0], step[1])
-    if x.numel() == x.size(1):
-        raise RuntimeError("one value per channel")
     return TransformableTraining.apply(x, weight, bias, *step)[0]
 
 

@@ -205,10 +205,11 @@ class _BatchRenorm(nn.Module):
             raise ValueError(f"{refusal} on a layer with track_running_stats=False")
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):  # torch.fx takes modules of torch.nn alone for leaves
-            tracer = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-        self._check_input_dim(input)
+        if type(input) is not Tensor or input.dim() not in self._dims:
+            if isinstance(input, Proxy):  # torch.fx takes modules of torch.nn alone for leaves
+                tracer = input.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+            self._check_input_dim(input)
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. A weight
         # that is not there is parametrized.
         buffers, parameters = self._buffers, self._parameters

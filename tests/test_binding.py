@@ -189,6 +189,22 @@ def test_x_is_refused(x, complaint):
         ops.backward_project(x, x, None, stats, *exchanged)
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1), (1, 1)], ids=str)
+def test_one_value_per_channel_is_refused(shape):
+    """Its deviation from itself is 0 whatever it is, so nothing would be learned. A compiled model
+    may get there with a batch size that it was not traced with."""
+    state = dict(
+        running_mean=torch.zeros(shape[1]),
+        running_std=torch.ones(shape[1]),
+        num_batches_tracked=torch.tensor(7),
+    )
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    with pytest.raises(RuntimeError, match=r"x must have more than one value per channel.*got \[1"):
+        forward(torch.randn(shape), **state)
+    for key, tensor in state.items():
+        assert torch.equal(tensor, before[key])
+
+
 def test_what_counts_needs_a_counter():
     x = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="schedule needs num_batches_tracked"):
@@ -326,7 +342,7 @@ def test_channels_last_exists_for_every_number_of_dimensions(shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [(5, 1, 3, 4), (1, 5, 3, 4), (5, 3, 1, 1), (1, 1, 3, 4), (5, 1), (1, 1)], ids=str
+    "shape", [(5, 1, 3, 4), (1, 5, 3, 4), (5, 3, 1, 1), (1, 1, 3, 4), (5, 1)], ids=str
 )
 def test_dimensions_of_one_do_not_matter(shape):
     x = torch.randn(shape)

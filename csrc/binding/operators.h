@@ -201,6 +201,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   const Step step{running_mean, running_std, num_batches_tracked, schedule, momentum, eps,
                   r_max,        d_max,       skip_nonfinite};
   step.check(beside);
+  require(x.numel() != x.size(1), "x must have more than one value per channel, got ", ShapeOf{x});
 
   if (!running_mean || !may_repeat()) return take<Backend>(step, x, weight, bias);
 
