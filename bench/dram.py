@@ -1,8 +1,12 @@
 """Bytes that cross the memory bus, counted by ncu, against what the algorithm must move.
 
-    ncu --profile-from-start off --csv --page raw --print-units base --log-file ncu.csv \\
-        --metrics dram__bytes_read.sum,dram__bytes_write.sum python -m bench.dram work
+    ncu --profile-from-start off --clock-control none --csv --page raw --print-units base \\
+        --log-file ncu.csv --metrics dram__bytes_read.sum,dram__bytes_write.sum \\
+        python -m bench.dram work
     python -m bench.dram read ncu.csv --into bench/results/<chip>/resnet50.json
+
+Without --clock-control none ncu would lock the clocks, which not every machine allows; bytes do
+not depend on them.
 """
 
 from __future__ import annotations

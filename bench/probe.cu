@@ -1,61 +1,83 @@
-// Four properties of the chip that the planner's model takes for granted: how long a team barrier
-// takes, up to what size a re-read comes out of the L2, what narrow pieces of a row cost, and what
-// a copy reaches.
+// Properties of the chip that the planner's model takes for granted: what a copy reaches, how long
+// a team barrier takes, up to what size a re-read comes out of the L2, what narrow pieces of a row
+// cost, and on which SMs blocks land.
 //
 //   nvcc -O3 -std=c++17 -arch=native bench/probe.cu -o probe && ./probe
 #include "../csrc/kernels/barrier.cuh"
+#include "stopwatch.cuh"
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
+#include <set>
 #include <vector>
 
 namespace {
 
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
+using bench::check;
 
 constexpr int kThreads = 256;
 
 // Median microseconds of `run()`.
 template <typename Run>
 double microseconds(Run run) {
-  cudaEvent_t start, stop;
-  check(cudaEventCreate(&start), "cudaEventCreate");
-  check(cudaEventCreate(&stop), "cudaEventCreate");
   std::vector<float> samples;
   for (int sample = 0; sample < 12; ++sample) {
-    check(cudaEventRecord(start), "cudaEventRecord");
-    run();
-    check(cudaEventRecord(stop), "cudaEventRecord");
-    check(cudaEventSynchronize(stop), "run");
-    float ms = 0;
-    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+    const float ms = bench::milliseconds(nullptr, run);
     if (sample >= 3) samples.push_back(ms);
   }
-  cudaEventDestroy(start);
-  cudaEventDestroy(stop);
   std::nth_element(samples.begin(), samples.begin() + samples.size() / 2, samples.end());
   return samples[samples.size() / 2] * 1e3;
 }
 
 template <typename... Expected, typename... Actual>
-void launch_together(void (*kernel)(Expected...), int blocks, Actual... args) {
+void launch_together(void (*kernel)(Expected...), int blocks, int shared, Actual... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.attrs = &attribute;
   config.numAttrs = 1;
   check(cudaLaunchKernelEx(&config, kernel, args...), "cudaLaunchKernelEx");
+}
+
+// Which SM each block is on, while all of them are there.
+__global__ void locate(int* sm) {
+  if (threadIdx.x == 0) asm volatile("mov.u32 %0, %%smid;" : "=r"(sm[blockIdx.x]));
+  bench::wait(50'000);
+}
+
+// The planner takes it that no SM gets a second block before all have one, and that neighbours,
+// which make up a team, are apart.
+void placement(const cudaDeviceProp& chip) {
+  std::printf("\nSMs of the blocks of one cooperative launch\n");
+  const int sms = chip.multiProcessorCount;
+  int* sm = nullptr;
+  check(cudaMalloc(&sm, 3 * sms * sizeof(int)), "cudaMalloc");
+  for (const int per_sm : {2, 3}) {  // as in blocks_per_sm(), here by want of shared memory
+    const int shared = static_cast<int>(chip.sharedMemPerMultiprocessor) / per_sm - 1024;
+    check(cudaFuncSetAttribute(locate, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          "cudaFuncSetAttribute");
+    for (const int blocks : {sms / 2, sms, per_sm * sms}) {
+      launch_together(locate, blocks, shared, sm);
+      std::vector<int> on(blocks);
+      check(cudaMemcpy(on.data(), sm, blocks * sizeof(int), cudaMemcpyDeviceToHost), "locate");
+      const int first = std::min(blocks, sms);
+      int pairs = 0;
+      for (int block = 1; block < blocks; ++block) pairs += on[block] == on[block - 1];
+      std::printf("  %d blocks, up to %d an SM: the first %d on %zu SMs; %d beside the next; ",
+                  blocks, per_sm, first, std::set<int>(on.begin(), on.begin() + first).size(),
+                  pairs);
+      for (int block = 0; block < 8; ++block) std::printf("%d ", on[block]);
+      std::printf("...\n");
+    }
+  }
+  cudaFree(sm);
 }
 
 // Every team of `team` blocks meets `times` times.
@@ -64,7 +86,7 @@ __global__ void meet(unsigned* control, int team, int times) {
   workspace.control = control;
   unsigned* line = brn::barrier_line(workspace, static_cast<int>(blockIdx.x) / team);
   const int rank = static_cast<int>(blockIdx.x) % team;
-  for (int i = 0; i < times; ++i) brn::team_barrier(line, team, rank);
+  for (int i = 0; i < times; ++i) brn::team_barrier(line, team, rank, brn::Nothing{});
 }
 
 void barriers(int sm_count) {
@@ -76,8 +98,9 @@ void barriers(int sm_count) {
   for (const int team : {2, 4, 8, 16, 33, 66, sm_count, 2 * sm_count}) {
     const int blocks = 2 * sm_count / team * team;
     constexpr int kFew = 100, kMany = 1100;
-    const double few = microseconds([&] { launch_together(meet, blocks, control, team, kFew); });
-    const double many = microseconds([&] { launch_together(meet, blocks, control, team, kMany); });
+    const double few = microseconds([&] { launch_together(meet, blocks, 0, control, team, kFew); });
+    const double many =
+        microseconds([&] { launch_together(meet, blocks, 0, control, team, kMany); });
     std::printf("  team of %3d: %.2f\n", team, (many - few) / (kMany - kFew));
   }
   cudaFree(control);
@@ -172,6 +195,7 @@ void copies(const float4* data, float4* target) {
 }  // namespace
 
 int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what is printed outlives a time limit
   cudaDeviceProp chip{};
   check(cudaGetDeviceProperties(&chip, 0), "cudaGetDeviceProperties");
   std::printf("%s, %d SMs, L2 %.0f MB\n", chip.name, chip.multiProcessorCount,
@@ -188,6 +212,7 @@ int main() {
   barriers(chip.multiProcessorCount);
   rereads(data, sum, chip.multiProcessorCount);
   stripes(data, sum, chip.multiProcessorCount);
+  placement(chip);
   check(cudaDeviceSynchronize(), "the end");
   return 0;
 }

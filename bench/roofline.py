@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .shapes import Problem
+from .stopwatch import Stopwatch
 
 TENSORS_MOVED = {"forward": 2, "inference": 2, "backward": 3, "train": 5}
 
@@ -40,15 +41,10 @@ def _kibibytes(text: str) -> int:
 def _copy_seconds(size: int, device: torch.device, repeats: int) -> list[float]:
     source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source).zero_()  # its pages are touched: a roof has no page faults
-    seconds = []
+    seconds, stopwatch = [], Stopwatch()
     for _ in range(repeats + 2):
         if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source)
-            stop.record()
-            stop.synchronize()
-            seconds.append(start.elapsed_time(stop) * 1e-3)
+            seconds.append(stopwatch.seconds(lambda: target.copy_(source)))
         else:
             begin = time.perf_counter()
             target.copy_(source)

@@ -4,13 +4,14 @@
 //   nvcc -O3 -std=c++17 -arch=native bench/sweep.cu csrc/kernels/{forward,backward}.cu -o sweep
 //   ./sweep [seconds]
 //
-// First what shared memory gains, for a prefetch or for rounds that registers do not hold: a line
-// for each problem whose plan can use it, with it and without it.
-// Then all plans, problem by problem, until the seconds are over: a line a plan, best first: us,
-// fraction of the copy roof, the planner's own estimate; the plan that the planner chooses is
+// First, for half of the seconds at most, what shared memory gains, for a prefetch or for rounds
+// that registers do not hold: a line for each problem whose plan can use it, with it and without
+// it. Then all plans, problem by problem, until the seconds are over: a line a plan, best first:
+// us, fraction of the copy roof, the planner's own estimate; the plan that the planner chooses is
 // marked.
 #include "../csrc/core/plan.h"
 #include "../csrc/kernels/launch.h"
+#include "stopwatch.cuh"
 
 #include <cuda_runtime.h>
 
@@ -25,18 +26,14 @@
 
 namespace {
 
+using bench::check;
 using brn::Device;
 using brn::DType;
 using brn::Layout;
 using brn::Pass;
 using brn::Plan;
 using brn::Problem;
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
+using Clock = std::chrono::steady_clock;
 
 constexpr int kSets = 3;     // of tensors, used in turn
 constexpr int kCalls = 6;    // of one graph
@@ -137,21 +134,12 @@ double time_plan(const Problem& p, const Plan& plan, Pass pass, const Memory& m,
   check(cudaStreamEndCapture(stream, &graph), "end of capture");
   check(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
 
-  cudaEvent_t start, stop;
-  check(cudaEventCreate(&start), "cudaEventCreate");
-  check(cudaEventCreate(&stop), "cudaEventCreate");
   std::vector<float> samples;
   for (int sample = 0; sample < kSamples + 1; ++sample) {
-    check(cudaEventRecord(start, stream), "cudaEventRecord");
-    check(cudaGraphLaunch(replay, stream), "cudaGraphLaunch");
-    check(cudaEventRecord(stop, stream), "cudaEventRecord");
-    check(cudaEventSynchronize(stop), "replay");
-    float ms = 0;
-    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+    const float ms = bench::milliseconds(
+        stream, [&] { check(cudaGraphLaunch(replay, stream), "cudaGraphLaunch"); });
     if (sample > 0) samples.push_back(ms);
   }
-  cudaEventDestroy(start);
-  cudaEventDestroy(stop);
   cudaGraphExecDestroy(replay);
   cudaGraphDestroy(graph);
   std::nth_element(samples.begin(), samples.begin() + kSamples / 2, samples.end());
@@ -160,21 +148,14 @@ double time_plan(const Problem& p, const Plan& plan, Pass pass, const Memory& m,
 
 // Bytes per microsecond, read and written, of a copy far larger than the caches.
 double copy_roof(const Memory& m, cudaStream_t stream) {
-  cudaEvent_t start, stop;
-  check(cudaEventCreate(&start), "cudaEventCreate");
-  check(cudaEventCreate(&stop), "cudaEventCreate");
   double best = 0;
   for (int sample = 0; sample < kSamples; ++sample) {
-    check(cudaEventRecord(start, stream), "cudaEventRecord");
-    check(cudaMemcpyAsync(m.out[0], m.x[0], kMostBytes, cudaMemcpyDeviceToDevice, stream), "copy");
-    check(cudaEventRecord(stop, stream), "cudaEventRecord");
-    check(cudaEventSynchronize(stop), "copy");
-    float ms = 0;
-    check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+    const float ms = bench::milliseconds(stream, [&] {
+      check(cudaMemcpyAsync(m.out[0], m.x[0], kMostBytes, cudaMemcpyDeviceToDevice, stream),
+            "copy");
+    });
     best = std::max(best, 2.0 * kMostBytes / (ms * 1e3));
   }
-  cudaEventDestroy(start);
-  cudaEventDestroy(stop);
   return best;
 }
 
@@ -251,7 +232,6 @@ void sweep(const Problem& p, Pass pass, const Device& device, const Memory& m, d
     const double of_roof = brn::tensors_moved(pass) * bytes / found[i].us / roof;
     std::printf("%10.1f us %4.0f%%  model %8.1f  %c ", found[i].us, 100 * of_roof,
                 brn::estimate(p, found[i].plan, device, pass), found[i].chosen ? '*' : ' ');
-    std::fflush(stdout);
     std::cout << found[i].plan << std::endl;
   }
 }
@@ -262,11 +242,13 @@ constexpr const char* kUseNames[] = {"prefetch", "retention"};
 
 // The planner's plan with all that can be in shared memory, and its twin, which differs in nothing
 // but that it leaves it idle; and the plan for a chip that has none, which may differ in more.
-void compare_shared_memory(const Device& device, const Memory& m, cudaStream_t stream) {
+void compare_shared_memory(const Device& device, const Memory& m, cudaStream_t stream,
+                           Clock::time_point end) {
   Device plain = device;
   plain.shared_bytes = 0;
   double log_gain[kUses][2] = {};  // of plans that the planner does not, and does, let have it
   int plans[kUses][2] = {};
+  int skipped = 0;          // problems, at the end of the time
   int refused[kUses] = {};  // not all blocks resident at once, though the planner counts on it
   std::printf(
       "\nshared memory: us of the planner's plan with and without it, planned without it\n");
@@ -277,6 +259,10 @@ void compare_shared_memory(const Device& device, const Memory& m, cudaStream_t s
       for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
         for (const Layout layout : {Layout::kChannelsFirst, Layout::kChannelsLast}) {
           for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+            if (Clock::now() > end) {
+              ++skipped;
+              continue;
+            }
             const Problem p{batch, channels, std::int64_t{side} * side, layout, dtype, 16};
             const auto planned = [&](const Device& d) {
               return pass == Pass::kForward ? brn::plan_forward(p, d) : brn::plan_backward(p, d);
@@ -307,6 +293,7 @@ void compare_shared_memory(const Device& device, const Memory& m, cudaStream_t s
       }
     }
   }
+  if (skipped > 0) std::printf("out of time for %d problems\n", skipped);
   for (const Use use : {kPrefetch, kRetention}) {
     const char* name = kUseNames[use];
     for (const bool chosen : {true, false}) {
@@ -318,14 +305,17 @@ void compare_shared_memory(const Device& device, const Memory& m, cudaStream_t s
     if (refused[use] > 0)
       std::printf("%s: %d plans did not fit with it, but without\n", name, refused[use]);
   }
-  std::fflush(stdout);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const double budget = argc > 1 ? std::atof(argv[1]) : 60.0;
-  const auto began = std::chrono::steady_clock::now();
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what is printed outlives a time limit
+  const std::chrono::duration<double> budget(argc > 1 ? std::atof(argv[1]) : 60.0);
+  const auto began = Clock::now();
+  const auto after = [&](std::chrono::duration<double> time) {
+    return began + std::chrono::duration_cast<Clock::duration>(time);
+  };
   cudaDeviceProp chip{};
   check(cudaGetDeviceProperties(&chip, 0), "cudaGetDeviceProperties");
   const Device device{chip.multiProcessorCount, static_cast<double>(chip.l2CacheSize),
@@ -337,7 +327,7 @@ int main(int argc, char** argv) {
   const double roof = copy_roof(memory, stream);
   std::printf("%s, %d SMs, copy %.0f GB/s; * is the planner's choice\n", chip.name, device.sm_count,
               roof / 1e3);
-  compare_shared_memory(device, memory, stream);
+  compare_shared_memory(device, memory, stream, after(budget / 2));
 
   struct Shape {
     std::int64_t batch, channels, side;
@@ -351,9 +341,8 @@ int main(int argc, char** argv) {
       for (const Layout layout : {Layout::kChannelsFirst, Layout::kChannelsLast}) {
         if (s.side == 1 && layout == Layout::kChannelsFirst) continue;
         for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
-          const std::chrono::duration<double> used = std::chrono::steady_clock::now() - began;
-          if (used.count() > budget) {
-            std::printf("\nstopped after %.0f s\n", used.count());
+          if (Clock::now() > after(budget)) {
+            std::printf("\nstopped after %.0f s\n", budget.count());
             return 0;
           }
           const Problem p{s.batch, s.channels, s.side * s.side, layout, dtype, 16};

@@ -1,8 +1,10 @@
 """Seconds of an operation: on inputs that rotate past the last-level cache, providers taking turns.
 
-On CUDA a graph of one call for each set of inputs is replayed between two events, so that neither
-the host nor the launch queue is in the figure; what cannot be captured is timed between events as
-it is, and says so. On the CPU calls run in a loop long enough for the clock.
+On CUDA a graph of one call for each set of inputs is replayed between two events, on a GPU that is
+busy until it is queued (stopwatch.py), so that neither the host nor the launch queue is in the
+figure. What cannot be captured is launched call by call there, longer than the GPU is kept busy
+for: the host is in its figure, and it says so ("events"). On the CPU calls run in a loop long
+enough for the clock.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from . import providers, roofline
 from .shapes import Problem
+from .stopwatch import Stopwatch
 
 MOST_SETS = {"cuda": 256, "cpu": 128}
 HOT_CALLS = 16  # of one graph, on the same inputs
@@ -70,7 +73,7 @@ class CudaSampler:
     """One sample is one replay, in seconds a call."""
 
     def __init__(self, layer: providers.Layer, op: str, inputs: list, hot: bool) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream, self._stopwatch = torch.cuda.Stream(), Stopwatch()
         self._stream.wait_stream(torch.cuda.current_stream())
         # Forward and capture share a stream, or autograd would wait for one stream on another in
         # the middle of a capture.
@@ -80,16 +83,17 @@ class CudaSampler:
             for _ in range(2):
                 operations[0]()
             self._stream.synchronize()
-            self.calls, self.method, self._graph = len(operations), "graph", torch.cuda.CUDAGraph()
-            self._operations, self._scope = operations, layer.scope
+            self.calls, self.method, graph = len(operations), "graph", torch.cuda.CUDAGraph()
+            self._operations, self._scope, self._launch = operations, layer.scope, graph.replay
             try:
-                with torch.cuda.graph(self._graph, stream=self._stream):
+                with torch.cuda.graph(graph, stream=self._stream):
                     # Outputs that stay alive lie apart: writes rotate past the cache as reads do.
                     self._made = [] if hot else [operation() for operation in operations]
                     if hot:
                         self._one_after_another()
             except RuntimeError:
-                self._graph, self.method = None, "events"
+                self._launch, self.method = self._one_after_another, "events"
+            self._launch()  # the first replay also brings the graph to the GPU
         torch.cuda.synchronize()
 
     def _one_after_another(self) -> None:
@@ -97,16 +101,8 @@ class CudaSampler:
             operation()
 
     def sample(self) -> float:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(self._stream), self._scope():
-            start.record()
-            if self._graph is not None:
-                self._graph.replay()
-            else:
-                self._one_after_another()
-            stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3 / self.calls
+            return self._stopwatch.seconds(self._launch) / self.calls
 
 
 class Rotation:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from batchrenorm_cuda import BatchRenorm2d
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # bench is no part of the installed package
 
@@ -30,6 +32,7 @@ from bench import (  # noqa: E402
     run,
     shapes,
     small,
+    stopwatch,
     summary,
     table,
     timing,
@@ -80,6 +83,21 @@ def test_every_provider_runs_every_operation(name, op):
         assert made.shape == x.shape and made.requires_grad == (op == "forward")
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta as any device that is not the CPU
+def test_the_layer_is_timed_as_users_run_it(device):
+    """With a schedule and a counter: they are what limits come from in the launch that is timed."""
+    layer = providers.PROVIDERS[OURS].make(SMALL, torch.device(device))
+    for module, training in ((layer.train, True), (layer.infer, False)):
+        assert isinstance(module, BatchRenorm2d) and module.training == training
+        assert {t.device.type for t in module.state_dict().values()} == {device}
+        assert module.num_batches_tracked is not None and module.schedule is not None
+    x = SMALL.tensor(torch.device(device))
+    y = providers.operation(layer, "forward", x, x)()
+    assert y.requires_grad and y.shape == x.shape
+    if device == "cpu":
+        assert int(layer.train.num_batches_tracked) == 1
+
+
 def test_compiled_gradients_of_the_reference_are_never_timed():
     provider = providers.PROVIDERS["compiled reference"]
     assert not provider.measures("backward", CPU) and not provider.measures("train", CPU)
@@ -95,6 +113,57 @@ def test_inputs_rotate_past_the_cache():
     assert timing.sets_needed(SMALL, CPU, hot=False) == timing.MOST_SETS["cpu"]
     huge = shapes.Problem((1 << 20, 1 << 10), "float32", "nhwc")
     assert timing.sets_needed(huge, CPU, hot=False) == 2
+
+
+class FakeGpu:
+    """torch.cuda's events on a clock of its own, in microseconds: `now` is the host's, `free` when
+    the GPU will have done what is queued."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = self.free = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.queue(takes=0.0, launch=1.0)
+                self.at = gpu.free
+
+            def query(self) -> bool:
+                return self.at <= gpu.now
+
+            def synchronize(self) -> None:
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, stop) -> float:
+                return (stop.at - self.at) / 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue(cycles / 2e3, 5.0))
+
+    def queue(self, takes: float, launch: float) -> None:
+        self.now += launch
+        self.free = max(self.free, self.now) + takes
+
+
+@pytest.mark.parametrize("launch", [10.0, 90.0, 700.0])
+def test_the_host_is_not_in_what_a_gpu_takes(monkeypatch, launch):
+    gpu, watch = FakeGpu(monkeypatch), stopwatch.Stopwatch()
+    for _ in range(3):
+        assert watch.seconds(lambda: gpu.queue(60.0, launch)) == pytest.approx(60e-6)
+
+
+def test_a_host_that_no_spin_can_cover_is_waited_for_once(monkeypatch):
+    gpu, watch, launches = FakeGpu(monkeypatch), stopwatch.Stopwatch(), []
+
+    def launch():
+        launches.append(gpu.now)
+        gpu.queue(60.0, 5000.0)
+
+    assert watch.seconds(launch) > 3e-3 and len(launches) == 5
+    assert watch.seconds(launch) > 3e-3 and len(launches) == 6
 
 
 def test_no_provider_uses_the_inputs_that_another_has_just_used():
@@ -364,3 +433,45 @@ def test_the_gpu_script_goes_on_when_every_step_fails(tmp_path):
     for step in ("build", "doctor", "parity, quick", "parity, all", "benchmark"):
         assert f"{step:28} failed, exit status 1" in summary
     assert "s in all" in summary and len(list((tree / "out").iterdir())) <= 8
+
+
+STUB = """#!/bin/bash
+[[ $* == *--help* ]] && echo "--kernel-name --dist --session-timeout"
+[[ $0 == */nvcc ]] && cp "$0" "${@: -1}"
+exit 0
+"""
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(460, range(125, 126)), (90, range(30, 46))])
+def test_what_the_gpu_script_calls(tmp_path, seconds, rows):
+    tree, stubs = tmp_path / "tree", tmp_path / "stubs"
+    (tree / "bench").mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "gpu.sh", tree / "bench")
+    stubs.mkdir()
+    for name in ("python", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi"):
+        (stubs / name).write_text(STUB)
+        (stubs / name).chmod(0o755)
+    env = {"PATH": f"{stubs}:/usr/bin:/bin", "PYTHON": "python", "SECONDS_IN_ALL": str(seconds)}
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", "out"], cwd=tree, env=env, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    out = tree / "out"
+    assert "failed" not in (out / "summary.txt").read_text()
+    logs = "".join(path.read_text() for path in out.glob("*.log"))
+    calls = [line[2:] for line in logs.splitlines() if line.startswith("$ ")]
+
+    def call(*words: str) -> str:
+        (found,) = [line for line in calls if all(word in line for word in words)]
+        return found
+
+    # The machine forbids locked clocks; a refused launch that a smaller one follows is no error.
+    assert "--clock-control none" in call("ncu", "bench.dram work")
+    assert "--report-api-errors no" in call("--tool memcheck", "--kernel-name kns=brn")
+    for tool in ("racecheck", "synccheck"):
+        assert "--report-api-errors" not in call(f"--tool {tool}")
+    tests = call("-m pytest", "--continue-on-collection-errors", "-n 6 --dist loadfile")
+    assert "--session-timeout=100" in tests and "-rfE" in tests
+    benchmark = call("bench.run").split()
+    assert int(benchmark[benchmark.index("--seconds") + 1]) in rows
+    assert call("/sweep 55")

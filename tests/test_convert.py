@@ -424,7 +424,6 @@ def test_doing_it_twice_or_where_there_is_nothing():
         ([lambda name, module: name == "2", Block], ["0.norm", "1.norm", "2"]),
         ([], []),
     ],
-    ids=str,
 )
 def test_skip(skip, left):
     model, reports = network(), []

@@ -18,10 +18,13 @@ from devices import each_device
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import make_tensor
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-from torch.testing._internal.common_utils import noncontiguous_like
 
 from batchrenorm_cuda import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormSchedule
+
+pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
+
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db  # noqa: E402
+from torch.testing._internal.common_utils import noncontiguous_like  # noqa: E402
 
 PEERS = {
     BatchRenorm1d: nn.BatchNorm1d,

@@ -1,5 +1,6 @@
 """nvcc's own verdict on the shipped kernels, for every architecture and without a GPU: no warnings,
-nothing spilled from registers to memory, and as many blocks an SM as the planner counts on.
+nothing spilled from registers to memory, and as many blocks an SM as the planner counts on. And on
+the programs under bench/: no warnings.
 
 All seven architectures cost about 230 CPU seconds once; the logs are cached under build/nvcc by a
 digest of sources, flags and nvcc. BATCHRENORM_NVCC_ARCHITECTURES="7.5;9.0" takes fewer.
@@ -7,6 +8,7 @@ digest of sources, flags and nvcc. BATCHRENORM_NVCC_ARCHITECTURES="7.5;9.0" take
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -26,7 +28,8 @@ KERNELS += ("merge",)
 # Whose plans they follow.
 PREFETCHING = {"forward": "forward", "moments": "forward"}
 PREFETCHING |= {"backward": "backward", "backward_sums": "backward"}
-FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", "--Werror", "all-warnings")
+STRICT = ("--Werror", "all-warnings")
+FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", *STRICT)
 CACHE = build.REPOSITORY / "build" / "nvcc"
 
 # Shared memory of an SM in bytes, of which each resident block takes 1 KB for the system from sm_80
@@ -109,43 +112,55 @@ def parse(log: str) -> list[Resources]:
     return found
 
 
-def compile_log(nvcc: Path, version: str, kernel: str, architecture: str) -> str:
-    source = build.REPOSITORY / f"csrc/kernels/{kernel}.cu"
-    digest = hashlib.sha256("\0".join((version, architecture, *FLAGS)).encode())
+def compile_log(nvcc: Path, source: Path, architecture: str, flags: tuple[str, ...] = FLAGS) -> str:
+    digest = hashlib.sha256("\0".join((version_of(nvcc), architecture, *flags)).encode())
     for path in sorted(build.included(source, [])):
         digest.update(path.read_bytes())
-    cached = CACHE / f"{kernel}-{architecture}-{digest.hexdigest()[:24]}.log"
+    cached = CACHE / f"{source.stem}-{architecture}-{digest.hexdigest()[:24]}.log"
     if not cached.exists():
         sm = "sm_" + architecture.replace(".", "")
         done = subprocess.run(
-            [str(nvcc), *FLAGS, f"-arch={sm}", str(source), "-o", os.devnull],
+            [str(nvcc), *flags, f"-arch={sm}", str(source), "-o", os.devnull],
             capture_output=True,
             text=True,
         )
         log = done.stdout + done.stderr
         if done.returncode != 0:
-            raise AssertionError(f"nvcc does not compile {kernel}.cu for {sm}:\n{log[-4000:]}")
+            raise AssertionError(f"nvcc does not compile {source.name} for {sm}:\n{log[-4000:]}")
         CACHE.mkdir(parents=True, exist_ok=True)
         cached.write_text(log)
     return cached.read_text()
 
 
-@pytest.fixture(scope="module")
-def logs():
-    """A function from kernel and architecture to the compiler's log. nvcc runs ahead of the tests,
-    one a core."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("no CUDA toolkit: neither nvcc nor its headers are here to compile the kernels")
-    version = subprocess.run(
+@functools.cache
+def version_of(nvcc: Path) -> str:
+    return subprocess.run(
         [str(nvcc), "--version"], check=True, capture_output=True, text=True
     ).stdout
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> Path:
+    found = find_nvcc()
+    if found is None:
+        pytest.skip("no CUDA toolkit: neither nvcc nor its headers are here to compile with")
+    return found
+
+
+@pytest.fixture(scope="module")
+def logs(nvcc: Path):
+    """A function from kernel and architecture to the compiler's log. nvcc runs ahead of the tests,
+    one a core."""
+
+    def log(kernel: str, architecture: str) -> str:
+        return compile_log(nvcc, build.REPOSITORY / f"csrc/kernels/{kernel}.cu", architecture)
+
     if "PYTEST_XDIST_WORKER" in os.environ:  # the tests themselves run side by side
-        yield lambda kernel, architecture: compile_log(nvcc, version, kernel, architecture)
+        yield log
         return
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         ahead = {
-            (kernel, architecture): pool.submit(compile_log, nvcc, version, kernel, architecture)
+            (kernel, architecture): pool.submit(log, kernel, architecture)
             for architecture in architectures()
             for kernel in KERNELS
         }
@@ -184,3 +199,22 @@ def test_kernel_fits_its_registers(logs, architecture: str, kernel: str):
         assert r.shared + 16 <= plan.shared_bytes - plan.dynamic_shared_bytes
         block = -(-(r.shared + 16 + _C.PREFETCH_BYTES + 1024) // 128) * 128
         assert architecture == "7.5" or r.blocks_per_sm * block <= SHARED_MEMORY[architecture]
+
+
+def bench_programs() -> dict[str, tuple[str, ...]]:
+    """What bench/gpu.sh compiles, and with which flags."""
+    script = (build.REPOSITORY / "bench/gpu.sh").read_text().replace("\\\n", " ")
+    found = re.findall(r"\bnvcc (-.*) -arch=native bench/(\w+)\.cu ", script)
+    return {name: tuple(flags.split()) for flags, name in found}
+
+
+def test_the_gpu_script_compiles_every_program():
+    programs = {path.stem for path in build.REPOSITORY.glob("bench/*.cu")}
+    assert programs and bench_programs().keys() == programs
+
+
+@pytest.mark.parametrize("program", bench_programs())
+def test_a_program_of_the_benchmark_compiles(nvcc: Path, program: str):
+    """All of it, the host's part too; sweep's kernels are compiled above, and not linked here."""
+    source = build.REPOSITORY / f"bench/{program}.cu"
+    compile_log(nvcc, source, "9.0", (*bench_programs()[program], "-c", *STRICT))
