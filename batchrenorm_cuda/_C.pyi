@@ -49,6 +49,7 @@ class Plan:
     bytes_reread: int  # that were not kept, from L2 or memory
     bytes_in_flight: int  # of them, at a time
     bytes_missed: int  # of them, that L2 no longer holds
+    merging: float  # us a slab, of what the team has published
     microseconds: float
 
     def retains(self, round: int) -> bool: ...

@@ -192,6 +192,10 @@ void define(py::module_& m) {
           [](const LaunchPlan& l) { return bytes_missed(l.problem, l.plan, l.device, l.pass); },
           "Those of them that L2 is not expected to hold any more.")
       .def_property_readonly(
+          "merging", [](const LaunchPlan& l) { return merging(l.problem, l.plan, l.pass); },
+          "Microseconds a slab that the planner expects a block to take for merging what its team "
+          "has published.")
+      .def_property_readonly(
           "microseconds",
           [](const LaunchPlan& l) { return estimate(l.problem, l.plan, l.device, l.pass); },
           "What the planner expects, to compare plans by: a model of an H200, not a measurement.")

@@ -58,6 +58,15 @@ BRN_HD constexpr int slots_per_thread(Pass pass, int slot_bytes) {
   return bytes / slot_bytes < 16 ? bytes / slot_bytes : 16;
 }
 
+// How many partial results of a team a thread has on their way from L2 at a time. Where a slab is a
+// stripe of channels it merges up to some hundred of them, and one by one each would cost a way to
+// L2 and back; of a channel by itself, one or two. With slots of two bytes the forward kernel has
+// registers for two (4: 36 bytes of spills; ptxas, sm_75).
+BRN_HD constexpr int records_ahead(Layout layout, int slot_bytes) {
+  if (layout == Layout::kChannelsFirst) return 1;
+  return slot_bytes == 2 ? 2 : 8;
+}
+
 // What a block that prefetches has of shared memory for it: a second set of all that its registers
 // hold.
 constexpr int kPrefetchBytes = kMaxThreads * kTileBytes;
@@ -260,17 +269,37 @@ constexpr std::int64_t bytes_missed(const Problem& p, const Plan& plan, const De
                                    (1.0 - reach / in_flight));
 }
 
+constexpr double kLook2 = 5.5e6;  // bytes per us out of an H200's L2
+
+// Expected time in microseconds in which a block merges what its team has published, beyond the
+// first record a thread: that one is in estimate()'s barrier. Each of the team's blocks merges all
+// of it, so a wide slab in a large team is slow to finish: bfloat16 of (32, 128, 28, 28) in
+// kChannelsLast, 128 channels and 196 blocks, 98 records a thread and 39 MB out of L2.
+constexpr double merging(const Problem& p, const Plan& plan, Pass pass) {
+  constexpr double kWay = 0.4;  // us: to L2 and back, for as many as are on their way at a time
+  // us a record, while the other warps of the SM do the same: some 22 instructions with a division,
+  // or 8.
+  const double merge = pass == Pass::kForward ? 0.05 : 0.02;
+  const std::int64_t published = std::int64_t{plan.team} * slab_channels(p, plan);
+  const std::int64_t records = ceil_div(published, plan.threads);
+  const std::int64_t ways = ceil_div(records, records_ahead(p.layout, plan.slot_bytes));
+  const double waits =
+      kWay * static_cast<double>(ways - 1) + merge * static_cast<double>(records - 1);
+  const double reads =
+      static_cast<double>(plan.blocks() * published * 2 * size_of_statistic(p.dtype)) / kLook2;
+  return waits > reads ? waits : reads;
+}
+
 // Expected time in microseconds, to compare plans by. A model of an H200, not a measurement; see
 // estimate() for its terms.
 constexpr double estimate(const Problem& p, const Plan& plan, const Device& device, Pass pass) {
   constexpr double kCopy = 4.3e6;  // bytes per us, read and written, whole chip
   constexpr double kCopyOfOneSm =
       6.0e4;                          // bytes per us that one SM can draw when the others are idle
-  constexpr double kLook2 = 5.5e6;    // bytes per us out of L2
   constexpr double kLaunch = 2.0;     // us, fixed cost of a kernel in a graph
   constexpr double kFirstLoad = 0.8;  // us: from the first load of a slab to its data
   constexpr double kReduce = 0.5;     // us: block reduction, last store
-  constexpr double kBarrier = 1.5;    // us: publish, arrive, poll, merge
+  constexpr double kBarrier = 1.5;    // us: publish, arrive, poll, merge one record a thread
 
   const double bytes = static_cast<double>(p.elements()) * size_of(p.dtype);
   const double busy =
@@ -301,16 +330,17 @@ constexpr double estimate(const Problem& p, const Plan& plan, const Device& devi
   const bool alone = plan.teams == 1 || plan.waves() == 1;
   const int overlap = alone ? 1 : blocks_per_sm(p.layout, size_of(p.dtype));
   const double own = cycle / overlap;
-  const double exposed = kFirstLoad + kReduce + kBarrier + own;
+  const double meeting = kBarrier + merging(p, plan, pass);
+  const double exposed = kFirstLoad + kReduce + meeting + own;
   const double first_wave = cycle > exposed ? cycle : exposed;
   if (plan.prefetch == 0) return kLaunch + waves * first_wave;
   // From the second slab on, the block's own reads run beside the barrier, and only the longer of
   // the two shows; its writes follow the barrier. That is less than `exposed` by kFirstLoad while
-  // the barrier is the longer and by kBarrier once the reads are. It saves nothing where the other
+  // the barrier is the longer and by `meeting` once the reads are. It saves nothing where the other
   // blocks keep the memory busy all the cycle. As everything here an estimate: no GPU has run it.
   const double reads = own * tensors_read(pass) / tensors_moved(pass);
   const double loading = kFirstLoad + reads;
-  const double shows = kReduce + (loading > kBarrier ? loading : kBarrier) + (own - reads);
+  const double shows = kReduce + (loading > meeting ? loading : meeting) + (own - reads);
   return kLaunch + first_wave + (waves - 1) * (cycle > shows ? cycle : shows);
 }
 

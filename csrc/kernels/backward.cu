@@ -43,6 +43,13 @@ __device__ __forceinline__ ChannelStats<Real> stats_of(const BackwardParams& par
   return brn::stats_of<Real>(params.stats, p.channels, c);
 }
 
+// What a channel brings to its projection.
+template <typename Real>
+struct ChannelState {
+  ChannelStats<Real> stats;
+  Real weight;
+};
+
 template <typename T, Layout kLayout, int kSlotBytes>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
     backward_kernel(Problem p, Plan plan, Stride stride, BackwardParams params,
@@ -55,6 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   using Next = Prefetch<Slot, kSlots, 2>;
   using Kept = Retained<Slot, kSlots, 2>;
   __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
+  __shared__ ChannelState<Real> states[kSlab];
   __shared__ Projection<Real> projections[kSlab];
 
   const Walk<kLayout, Slot::kLanes> walk(plan, stride);
@@ -78,6 +86,16 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     for (int k = 0; k < kChannels; ++k)
       centre[k] = centre_of<Real>(params, p, in_range ? channel0 + mine + k : channel0);
 
+    // Waited for together with the tiles, not behind the team's barrier: before a wait for copies,
+    // behind the loads otherwise.
+    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
+    const auto read_state = [&] {
+      const int c = channel0 + thread;
+      if (finishes)
+        states[thread] = {stats_of<Real>(params, p, c), load_channel(params.weight, c, Real(1))};
+    };
+    if (fetched) read_state();
+
     typename Slot::Bits x_tile[kSlots];
     typename Slot::Bits dy_tile[kSlots];
     SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
@@ -87,26 +105,26 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       const bool retained = plan.retains(round);
       if (round + 1 < plan.rounds && !retained) {
         load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, left, cursor, walk);
-      } else if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
+      } else if (fetched) {
         Next::take(left, walk, x_tile, dy_tile);
       } else {
         load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
       }
       if (retained) Kept::keep(plan.retained_place(round), x_tile, dy_tile);
+      if (round == 0 && !fetched) read_state();
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    const Sums<Real> total =
-        slab_sums<Next>(sums, p, plan, slab, channels, walk, parity, workspace, records,
-                        static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
+    const Sums<Real> total = slab_sums<Slot, kLayout, Next>(
+        sums, p, plan, slab, channels, walk, parity, workspace, records,
+        static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
     if (finishes) {
       const int c = channel0 + thread;
-      const ChannelStats<Real> stats = stats_of<Real>(params, p, c);
-      const Real weight = load_channel(params.weight, c, Real(1));
-      projections[thread] =
-          projection(total, static_cast<Real>(p.reduced()), stats, weight, params.stats != nullptr);
+      const ChannelState<Real> state = states[thread];
+      projections[thread] = projection(total, static_cast<Real>(p.reduced()), state.stats,
+                                       state.weight, params.stats != nullptr);
       if (walk.rank() == 0) {
-        static_cast<Real*>(params.dweight)[c] = weight_gradient(total, stats);
+        static_cast<Real*>(params.dweight)[c] = weight_gradient(total, state.stats);
         static_cast<Real*>(params.dbias)[c] = total.g;
       }
     }

@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    const Sums<Real> total =
-        slab_sums<Next>(sums, p, plan, slab, channels, walk, parity, workspace, records,
-                        static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
+    const Sums<Real> total = slab_sums<Slot, kLayout, Next>(
+        sums, p, plan, slab, channels, walk, parity, workspace, records,
+        static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
     const int c = channel0 + thread;
     if (walk.rank() == 0 && thread < channels && c < p.channels) {
       const ChannelStats<Real> stats = stats_of<Real>(params.stats, p.channels, c);

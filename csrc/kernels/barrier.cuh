@@ -9,6 +9,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <type_traits>
+
 namespace brn {
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
@@ -102,6 +105,9 @@ __device__ __forceinline__ unsigned take_ticket(const Workspace& w) {
 
 __device__ __forceinline__ bool is_last(unsigned ticket) { return ticket == gridDim.x - 1; }
 
+template <typename Real>
+using PairOf = std::conditional_t<std::is_same<Real, double>::value, double2, float2>;
+
 // One set of partial results, [team][channels of the slab]. Two sets a team, used in turn: a fast
 // block may already publish its part of the next slab while a slow one still reads this one.
 template <typename Real>
@@ -109,29 +115,41 @@ class Partials {
  public:
   __device__ __forceinline__ Partials(const Workspace& w, const Plan& plan, int channels, int team,
                                       int parity)
-      : pairs_(static_cast<Real*>(w.partials) +
-               2 * std::int64_t{channels} * plan.team * (2 * std::int64_t{team} + parity)),
+      : pairs_(static_cast<Pair*>(w.partials) +
+               std::int64_t{channels} * plan.team * (2 * std::int64_t{team} + parity)),
         channels_(channels) {}
 
   __device__ __forceinline__ void publish(int rank, int channel, Real first, Real second) const {
-    Real* pair = at(rank, channel);
-    pair[0] = first;
-    pair[1] = second;
+    Pair pair;
+    pair.x = first;
+    pair.y = second;
+    pairs_[std::int64_t{rank} * channels_ + channel] = pair;
   }
 
-  // From L2: the L1 may hold what an earlier slab left there.
-  __device__ __forceinline__ void read(int rank, int channel, Real& first, Real& second) const {
-    const Real* pair = at(rank, channel);
-    first = __ldcg(pair);
-    second = __ldcg(pair + 1);
+  // Calls f(rank, first, second), in the order of ranks, for what this thread has to merge: of the
+  // slab's channel threadIdx.x % channels, every (threads / channels)-th rank. From L2: the L1 may
+  // hold what an earlier slab left there.
+  template <int kAhead, typename F>
+  __device__ __forceinline__ void for_each(const Plan& plan, F f) const {
+    const unsigned channels = static_cast<unsigned>(channels_);
+    const int step = static_cast<int>(static_cast<unsigned>(plan.threads) / channels);
+    const Pair* pair = pairs_ + threadIdx.x;
+    for (int rank = static_cast<int>(threadIdx.x / channels); rank < plan.team;
+         rank += kAhead * step, pair += kAhead * plan.threads) {
+      Pair ahead[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+        if (rank + k * step < plan.team) ahead[k] = __ldcg(pair + k * plan.threads);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+        if (rank + k * step < plan.team) f(rank + k * step, ahead[k].x, ahead[k].y);
+    }
   }
 
  private:
-  __device__ __forceinline__ Real* at(int rank, int channel) const {
-    return pairs_ + 2 * (std::int64_t{rank} * channels_ + channel);
-  }
+  using Pair = PairOf<Real>;
 
-  Real* pairs_;
+  Pair* pairs_;
   int channels_;
 };
 

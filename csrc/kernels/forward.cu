@@ -12,6 +12,7 @@
 // 1 read + 1 write of x is the floor, and it is met as long as a slab fits the registers and the
 // shared memory of a team (plan.rounds == 1 + plan.retained). Otherwise the other rounds are read
 // again, newest first, so that L2 still has as much of them as it can hold.
+#include "affine_rows.cuh"
 #include "barrier.cuh"
 #include "launch.cuh"
 #include "launch.h"
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
   using Kept = Retained<Slot, kSlots, 1>;
   __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
   __shared__ ChannelState<Real> states[kSlab];
-  __shared__ Affine<Real> affines[kSlab];
+  __shared__ AffineRows<Real, kSlab> affines;
   __shared__ Step<Real> step;
 
   const Walk<kLayout, Slot::kLanes> walk(plan, stride);
@@ -115,6 +116,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
   const int channels = plan.columns * kChannels;
   const bool counts = params.num_batches_tracked && !params.skip_nonfinite;
   unsigned ticket = 0;  // of its first thread; compared in the end, since that waits for it
+  // Not behind the first tile's loads: there its divisions in double cost up to 80 bytes of spills
+  // (ptxas, sm_90).
   if (thread == 0) step = step_of<Real>(params);
 
   int parity = 0;
@@ -129,8 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     T* y = static_cast<T*>(params.y) + slab_offset;
 
     Real pivot[kChannels];
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) pivot[k] = load_element(x + (in_range ? mine + k : 0));
+    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), pivot);
 
     // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
     const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
@@ -174,15 +176,16 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         const T* tensor = static_cast<const T*>(params.x);
         if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
       };
-      total = team_moments(total, plan, stride.positions, Slot::kLanes / kChannels, channels,
-                           walk.team(), walk.rank(), parity, workspace, records, fetch_next);
+      total = team_moments<Slot, kLayout>(total, plan, stride.positions, Slot::kLanes / kChannels,
+                                          channels, walk.team(), walk.rank(), parity, workspace,
+                                          records, fetch_next);
     }
     if (finishes) {
       const ChannelState<Real> state = states[thread];
       total.count = static_cast<Real>(p.reduced());
       const ChannelStats<Real> stats = channel_stats(
           total, state.pivot, static_cast<Real>(params.epsilon), state.running, step.limits);
-      affines[thread] = training_affine(stats, state.weight, state.bias);
+      affines.write(thread, training_affine(stats, state.weight, state.bias));
       if (walk.rank() == 0) {
         write_stats(params, p.channels, channel0 + thread, stats);
         move_running(params, p, workspace, channel0 + thread, total, state, step.momentum);
@@ -191,8 +194,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     __syncthreads();
 
     Affine<Real> affine[kChannels];
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) affine[k] = affines[mine + k];
+    affines.read(mine, affine);
     for (int round = plan.rounds - 1; round >= 0; --round) {
       const int piece = walk.piece(round);
       const int left = in_range ? walk.left(piece) : 0;

@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const T* x = static_cast<const T*>(params.x) + walk.slab_offset(p, channel0);
 
     Real pivot[kChannels];
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) pivot[k] = load_element(x + (in_range ? mine + k : 0));
+    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), pivot);
 
     // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
     const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
@@ -69,8 +68,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
         const T* tensor = static_cast<const T*>(params.x);
         if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
       };
-      total = team_moments(total, plan, stride.positions, Slot::kLanes / kChannels, channels,
-                           walk.team(), walk.rank(), parity, workspace, records, fetch_next);
+      total = team_moments<Slot, kLayout>(total, plan, stride.positions, Slot::kLanes / kChannels,
+                                          channels, walk.team(), walk.rank(), parity, workspace,
+                                          records, fetch_next);
     }
     if (walk.rank() == 0 && thread < channels && channel0 + thread < p.channels) {
       double* mean = params.message + channel0 + thread;

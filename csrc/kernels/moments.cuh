@@ -79,26 +79,27 @@ __device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
 
 // What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
 // records in the same order. While it waits for them it does `meanwhile`.
-template <typename Real, typename Meanwhile = Nothing>
+template <typename Slot, Layout kLayout, typename Real, typename Meanwhile>
 __device__ __forceinline__ Moments<Real> team_moments(Moments<Real> mine, const Plan& plan,
                                                       std::int64_t positions, int lanes,
                                                       int channels, int team, int rank, int parity,
                                                       const Workspace& workspace,
-                                                      Moments<Real>* records,
-                                                      Meanwhile meanwhile = {}) {
+                                                      Moments<Real>* records, Meanwhile meanwhile) {
   const Partials<Real> partials(workspace, plan, channels, team, parity);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);
   team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);
 
   MomentsOf<Real, 1> part = MomentsOf<Real, 1>::empty();
-  for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {
+  const auto merge = [&](int r, Real mean, Real m2) {
     const std::int64_t left = positions - r * plan.share;
     MomentsOf<Real, 1> other;
     other.count = static_cast<Real>((left < plan.share ? left : plan.share) * lanes);
-    partials.read(r, thread % channels, other.mean[0], other.m2[0]);
+    other.mean[0] = mean;
+    other.m2[0] = m2;
     part.merge(other);
-  }
+  };
+  partials.template for_each<records_ahead(kLayout, Slot::kBytes)>(plan, merge);
   return block_merge(part, channels, plan.threads, records);
 }
 

@@ -55,7 +55,8 @@ __device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
 // What the whole team holds of slab channel c, in thread c, from the sums of each thread. Every
 // block computes it, from the same records in the same order. While it waits for them, what it has
 // of these two tensors in the next slab is on its way, if the plan says so.
-template <typename Next, typename Real, int kChannels, typename Walk, typename T>
+template <typename Slot, Layout kLayout, typename Next, typename Real, int kChannels, typename Walk,
+          typename T>
 __device__ __forceinline__ Sums<Real> slab_sums(const SumsOf<Real, kChannels>& sums,
                                                 const Problem& p, const Plan& plan, int slab,
                                                 int channels, const Walk& walk, int parity,
@@ -71,11 +72,13 @@ __device__ __forceinline__ Sums<Real> slab_sums(const SumsOf<Real, kChannels>& s
   });
 
   SumsOf<Real, 1> part = SumsOf<Real, 1>::empty();
-  for (int r = thread / channels; r < plan.team; r += plan.threads / channels) {
+  const auto merge = [&](int, Real g, Real gx) {
     SumsOf<Real, 1> other;
-    partials.read(r, thread % channels, other.g[0], other.gx[0]);
+    other.g[0] = g;
+    other.gx[0] = gx;
     part.merge(other);
-  }
+  };
+  partials.template for_each<records_ahead(kLayout, Slot::kBytes)>(plan, merge);
   return block_merge(part, channels, plan.threads, records);
 }
 

@@ -42,6 +42,16 @@ __device__ __forceinline__ void load_tiles(typename Slot::Bits (&a_tile)[kSlots]
   }
 }
 
+// The first element of each of a thread's channels, from the first of them on.
+template <typename Slot, Layout kLayout, typename T, typename Real, int kChannels>
+__device__ __forceinline__ void load_pivots(const T* x, Real (&pivot)[kChannels]) {
+  if constexpr (kLayout == Layout::kChannelsFirst) {
+    pivot[0] = load_element(x);
+  } else {
+    Slot::unpack(Slot::template load<Reuse::kAgain>(x), pivot);
+  }
+}
+
 // One channel of a per-channel tensor, or `missing` where there is none.
 template <typename Real>
 __device__ __forceinline__ Real load_channel(const void* tensor, int channel, Real missing) {
