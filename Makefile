@@ -31,20 +31,23 @@ print(*sum(extras.values(), []))
 endef
 export EXTRAS
 
+# A process a core. Each takes the next tests in a row, so that what a file prepares is prepared once or twice.
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
+
 .PHONY: demo test lint asan build clean
 
 demo: build
 	$(RUN) examples/digits.py $(DEMO_ARGS)
 
 test: build
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 asan: build
-	$(RUN) tests/simt/sanitize.py tests/test_emulator.py tests/test_emulator_ranks.py -q
+	$(RUN) tests/simt/sanitize.py $(SIDE_BY_SIDE) tests/test_emulator.py tests/test_emulator_ranks.py -q
 
 # The editable install comes second: it finds everything built, and lets `batchrenorm_cuda` be imported from anywhere.
 build: $(READY)

@@ -176,6 +176,15 @@ CASES = [
         "rows: a block a row", n=3, c=130, s=49, layout=LAST, choice={"columns": 32, "threads": 128}
     ),
     Case(
+        "rows: more partial results a thread than are on their way at a time",
+        n=9,
+        c=130,
+        s=49,
+        layout=LAST,
+        sms=10,
+        choice={"columns": 8, "threads": 64, "team": 20},
+    ),
+    Case(
         "rows: team of two",
         n=9,
         c=40,

@@ -123,6 +123,25 @@ BUGS = [
         "    if (finishes) __syncthreads();\n\n    Affine<Real> affine[kChannels];",
     ),
     Bug(
+        "partial results are read from the first ones' place again",
+        "kernels/barrier.cuh",
+        "rank += kAhead * step, pair += kAhead * plan.threads)",
+        "rank += kAhead * step)",
+    ),
+    Bug(
+        "partial results beyond those on their way are left out",
+        "kernels/barrier.cuh",
+        "rank += kAhead * step, pair += kAhead * plan.threads)",
+        "rank = plan.team)",
+        kernel="backward",
+    ),
+    Bug(
+        "scales of a stripe's first channels for all of it",
+        "kernels/affine_rows.cuh",
+        "Wide::unpack(Wide::load_shared(scale_ + channel + k), scale);",
+        "Wide::unpack(Wide::load_shared(scale_ + k), scale);",
+    ),
+    Bug(
         "late partial result",
         "kernels/moments.cuh",
         "  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);\n",

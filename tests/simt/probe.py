@@ -40,14 +40,15 @@ SCHEDULES = [
 ]
 
 # Problem, SMs, choice: one block a slab, teams with several slabs each, several rounds, stripes
-# that end beyond C, the same with the next slab on its way, several rounds in shared memory: all,
-# and all but a ragged one.
+# that end beyond C, more partial results a thread than are on their way at a time, one block a slab
+# again, the next slab on its way, several rounds in shared memory: all, and all but a ragged one.
 CASES = [
     (Problem(3, 5, 49), 4, {}),
     (Problem(6, 7, 200), 2, {"threads": 64, "team": 3}),
     (Problem(12, 5, 1000), 2, {"threads": 64, "team": 2}),
     (Problem(9, 65, 49, Layout.LAST), 2, {"columns": 8, "threads": 64, "team": 2}),
     (Problem(9, 128, 49, Layout.LAST), 2, {"columns": 16, "threads": 64, "team": 4}),
+    (Problem(9, 64, 49, Layout.LAST), 5, {"columns": 16, "threads": 64, "team": 10}),
     (Problem(2, 40, 16), 1, {}),
     (Problem(6, 7, 200), 2, {"threads": 64, "team": 3, "prefetch": 1}),
     (Problem(5, 65, 49, Layout.LAST), 2, {"columns": 8, "threads": 64, "team": 2, "prefetch": 1}),
