@@ -138,8 +138,8 @@ BUGS = [
     Bug(
         "scales of a stripe's first channels for all of it",
         "kernels/affine_rows.cuh",
-        "Wide::unpack(Wide::load_shared(scale_ + channel + k), scale);",
-        "Wide::unpack(Wide::load_shared(scale_ + k), scale);",
+        "Wide::unpack(Wide::load_shared(rows_[2] + channel + k), scale);",
+        "Wide::unpack(Wide::load_shared(rows_[2] + k), scale);",
     ),
     Bug(
         "late partial result",

@@ -15,10 +15,10 @@ template <typename Real, int kSlab>
 class AffineRows {
  public:
   __device__ __forceinline__ void write(int channel, const Affine<Real>& affine) {
-    pivot_[channel] = affine.pivot;
-    offset_[channel] = affine.offset;
-    scale_[channel] = affine.scale;
-    shift_[channel] = affine.shift;
+    rows_[0][channel] = affine.pivot;
+    rows_[1][channel] = affine.offset;
+    rows_[2][channel] = affine.scale;
+    rows_[3][channel] = affine.shift;
   }
 
   // Of kChannels channels from a multiple of kChannels on.
@@ -32,10 +32,10 @@ class AffineRows {
       Real offset[Wide::kLanes];
       Real scale[Wide::kLanes];
       Real shift[Wide::kLanes];
-      Wide::unpack(Wide::load_shared(pivot_ + channel + k), pivot);
-      Wide::unpack(Wide::load_shared(offset_ + channel + k), offset);
-      Wide::unpack(Wide::load_shared(scale_ + channel + k), scale);
-      Wide::unpack(Wide::load_shared(shift_ + channel + k), shift);
+      Wide::unpack(Wide::load_shared(rows_[0] + channel + k), pivot);
+      Wide::unpack(Wide::load_shared(rows_[1] + channel + k), offset);
+      Wide::unpack(Wide::load_shared(rows_[2] + channel + k), scale);
+      Wide::unpack(Wide::load_shared(rows_[3] + channel + k), shift);
 #pragma unroll
       for (int i = 0; i < Wide::kLanes; ++i)
         affine[k + i] = {pivot[i], offset[i], scale[i], shift[i]};
@@ -43,10 +43,7 @@ class AffineRows {
   }
 
  private:
-  alignas(16) Real pivot_[kSlab];
-  alignas(16) Real offset_[kSlab];
-  alignas(16) Real scale_[kSlab];
-  alignas(16) Real shift_[kSlab];
+  alignas(16) Real rows_[4][kSlab];
 };
 
 }  // namespace brn
