@@ -4,6 +4,7 @@
 //
 //   nvcc -O3 -std=c++17 -arch=native bench/probe.cu -o probe && ./probe
 #include "../csrc/kernels/barrier.cuh"
+#include "check.cuh"
 #include "stopwatch.cuh"
 
 #include <cuda_runtime.h>

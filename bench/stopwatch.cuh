@@ -1,19 +1,11 @@
-// Time between two events on a GPU, with nothing of the host in it: see stopwatch.py. Shared by the
-// programs beside it, as is their way with errors.
+// Time between two events on a GPU, with nothing of the host in it: see stopwatch.py.
 #pragma once
+
+#include "check.cuh"
 
 #include <cuda_runtime.h>
 
-#include <cstdio>
-#include <cstdlib>
-
 namespace bench {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
 
 __device__ inline void wait(long long cycles) {
   const long long began = clock64();

@@ -11,6 +11,7 @@
 // marked.
 #include "../csrc/core/plan.h"
 #include "../csrc/kernels/launch.h"
+#include "check.cuh"
 #include "stopwatch.cuh"
 
 #include <cuda_runtime.h>
