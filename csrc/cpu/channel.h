@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 namespace brn::cpu {
 
@@ -13,6 +14,7 @@ constexpr std::int64_t kChunk = 32;
 
 template <typename Real>
 struct Chunk {
+  static_assert(kChunk == 32, "copy() knows it");
   Real values[kChunk];
 
   Real& operator[](std::int64_t k) { return values[k]; }
@@ -22,13 +24,33 @@ struct Chunk {
   static Chunk load(const Real* from, std::int64_t count, Real otherwise = Real(0)) {
     Chunk chunk;
     if (from != nullptr) {
-      std::copy_n(from, count, chunk.values);
+      copy(from, count, chunk.values);
     } else {
       std::fill_n(chunk.values, count, otherwise);
     }
     return chunk;
   }
-  void store(Real* to, std::int64_t count) const { std::copy_n(values, count, to); }
+  void store(Real* to, std::int64_t count) const { copy(values, count, to); }
+
+ private:
+  // A piece of known length becomes moves of vectors. A copy of unknown length GCC makes a "rep
+  // movs", which takes longer to start than 32 channels take: with 10 to 15 of them a chunk, on Zen
+  // 3, one thread, float32, forward and backward of (1, 2048, 7, 7) took 1.09 and 1.06 times as
+  // long, of (1, 2048, 7, 7) bfloat16 in channels_last 1.11.
+  template <int kCount>
+  static void copy_piece(const Real*& from, Real*& to) {
+    std::memcpy(to, from, kCount * sizeof(Real));
+    from += kCount;
+    to += kCount;
+  }
+  static void copy(const Real* from, std::int64_t count, Real* to) {
+    if (count == kChunk) return copy_piece<kChunk>(from, to);
+    if (count & 16) copy_piece<16>(from, to);
+    if (count & 8) copy_piece<8>(from, to);
+    if (count & 4) copy_piece<4>(from, to);
+    if (count & 2) copy_piece<2>(from, to);
+    if (count & 1) copy_piece<1>(from, to);
+  }
 };
 
 // Where the values of channel c lie; null stays null.
