@@ -11,12 +11,13 @@ namespace brn::cpu {
 template <typename Pass>
 void run_in_order(const Problem& p, const Parallel& parallel, const Pass& pass) {
   const Slabs slabs = cut_in_order(p);
-  for_stretches(p, parallel, slabs.count * slabs.parts, [&](std::int64_t begin, std::int64_t end) {
-    const Tables<Pass> tables(slabs.count, 0, slabs.widest());
+  const std::int64_t count = slabs.count();
+  for_stretches(p, parallel, count * slabs.parts(), [&](std::int64_t begin, std::int64_t end) {
+    const Tables<Pass> tables(count, 0, slabs.widest());
     for (std::int64_t k = begin; k < end; ++k) {
-      const std::int64_t slab = k % slabs.count;
-      const Part part = slabs.part(slab, k / slabs.count);
-      if (k < begin + slabs.count) pass.begin(part, tables.facts(slab));
+      const std::int64_t slab = k % count;
+      const Part part = slabs.part(slab, k / count);
+      if (k < begin + count) pass.begin(part, tables.facts(slab));
       pass.write(part, tables.facts(slab));
     }
   });

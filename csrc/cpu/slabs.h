@@ -40,23 +40,46 @@ constexpr std::int64_t serial_elements(Layout layout) {
 // them.
 constexpr std::int64_t kStreamedBytes = 32 * 1024 * 1024;
 
+// [0, total) in `count` shares of as many whole units as the others, or one more; the last unit may
+// not be whole. Threads take as many shares each, so these must be even: backward of (4, 2048, 7,
+// 7) float32 in channels_last, two threads with 128 and 68 of the 196 rows, 500 us; with 96 and
+// 100,
+// 100 336 (Zen 3).
+struct Shares {
+  std::int64_t total = 0;
+  std::int64_t count = 0;
+  std::int64_t unit = 1;
+  std::int64_t least = 0;      // units of each share
+  std::int64_t remainder = 0;  // units beyond those, spread over the shares
+
+  static Shares of(std::int64_t total, std::int64_t count, std::int64_t unit = 1) {
+    const std::int64_t units = ceil_div(total, unit);
+    return {total, count, unit, units / count, units % count};
+  }
+  std::int64_t begin(std::int64_t k) const {
+    // Without a division, which takes as long as a short run, where it is not needed.
+    const std::int64_t more = remainder != 0 ? k * remainder / count : 0;
+    return std::min((k * least + more) * unit, total);
+  }
+  std::int64_t largest() const { return std::min((least + (remainder != 0)) * unit, total); }
+};
+
 struct Slabs {
   Problem problem;
-  std::int64_t width = 1;  // channels of a slab; the last has the remainder, too
-  std::int64_t count = 0;
-  std::int64_t parts = 1;  // of a slab
-  std::int64_t share = 0;  // positions of a part; the last may have fewer
+  Shares channels;   // a slab each
+  Shares positions;  // of a slab: a part each
+
+  std::int64_t count() const { return channels.count; }
+  std::int64_t parts() const { return positions.count; }
+  std::int64_t widest() const { return channels.largest(); }
 
   // Elements from a slab to the next, or 0 if the caches have no room for much of both.
-  std::int64_t to_next() const {
+  std::int64_t to_next(std::int64_t slab) const {
     constexpr std::int64_t kMostBytes = 512 * 1024;
     const Problem& p = problem;
-    const bool fits = width * p.reduced() * size_of(p.dtype) <= kMostBytes;
-    return p.layout == Layout::kChannelsFirst && fits ? width * p.spatial : 0;
-  }
-
-  std::int64_t widest() const {
-    return problem.channels - std::max<std::int64_t>(count - 1, 0) * width;
+    if (p.layout == Layout::kChannelsLast || slab + 1 >= count()) return 0;
+    const std::int64_t width = channels.begin(slab + 1) - channels.begin(slab);
+    return width * p.reduced() * size_of(p.dtype) <= kMostBytes ? width * p.spatial : 0;
   }
 
   Part part(std::int64_t slab, std::int64_t j) const {
@@ -64,13 +87,13 @@ struct Slabs {
     const bool first = p.layout == Layout::kChannelsFirst;
     Part part;
     part.layout = p.layout;
-    part.channel = slab * width;
-    part.width = slab + 1 < count ? width : p.channels - part.channel;
+    part.channel = channels.begin(slab);
+    part.width = channels.begin(slab + 1) - part.channel;
     part.first = first ? part.channel * p.spatial : part.channel;
     part.plane = p.spatial;
     part.stride = first ? p.channels * p.spatial : p.channels;
-    part.begin = j * share;
-    part.end = std::min(part.begin + share, p.reduced());
+    part.begin = positions.begin(j);
+    part.end = positions.begin(j + 1);
     // Here, since a division takes as long as a short run.
     const std::int64_t planes = first ? part.begin / p.spatial : 0;
     part.within = first ? part.begin - planes * p.spatial : 0;
@@ -80,6 +103,17 @@ struct Slabs {
     return part;
   }
 };
+
+// A share for each of four threads, if it makes up for what a share costs.
+inline std::int64_t quarter_of(std::int64_t bytes) {
+  return std::max<std::int64_t>(bytes / 4, 16 * 1024);
+}
+
+// Slabs of kChannelsFirst, no wider than `width`, and as many as four threads can share evenly.
+inline Shares even_channels(const Problem& p, std::int64_t width) {
+  const std::int64_t count = ceil_div(p.channels, width);
+  return Shares::of(p.channels, count > 2 ? std::min(ceil_div(count, 4) * 4, p.channels) : count);
+}
 
 // `inputs`: tensors that are read.
 inline std::int64_t slab_width(const Problem& p, int inputs) {
@@ -98,7 +132,7 @@ inline std::int64_t slab_width(const Problem& p, int inputs) {
     const bool by_plane = are_many_short_planes(p.batch, p.spatial * size_of(p.dtype));
     const std::int64_t share = by_plane ? 2 : p.batch < kManyPlanes ? 4 : 8;
     const std::int64_t most = std::min(l2_bytes() / share / inputs, kPartBytes);  // one part
-    const std::int64_t small = std::min(std::max<std::int64_t>(bytes / 4, 16 * 1024), most);
+    const std::int64_t small = std::min(quarter_of(bytes), most);
     return std::clamp<std::int64_t>(small / channel, 1, std::max<std::int64_t>(p.channels, 1));
   }
   // Whole rows: pieces of rows that are a power of two apart meet in a few sets of the caches (64
@@ -114,35 +148,37 @@ inline std::int64_t slab_width(const Problem& p, int inputs) {
 }
 
 inline Slabs cut(const Problem& p, int inputs) {
+  const bool first = p.layout == Layout::kChannelsFirst;
   Slabs slabs;
   slabs.problem = p;
   if (p.elements() == 0) return slabs;
-  slabs.width = slab_width(p, inputs);
-  slabs.count = p.channels / slabs.width;
-  const std::int64_t bytes = slabs.width * p.reduced() * size_of(p.dtype);
-  slabs.parts = std::clamp<std::int64_t>(ceil_div(bytes, kPartBytes), 1, kMostParts);
+  const std::int64_t width = slab_width(p, inputs);
+  // In kChannelsLast of whole lines, and the nearest count: a little more than a page is no slab.
+  slabs.channels =
+      first ? even_channels(p, width)
+            : Shares::of(p.channels, std::max<std::int64_t>((p.channels + width / 2) / width, 1),
+                         64 / size_of(p.dtype));
+  const std::int64_t bytes = width * p.reduced() * size_of(p.dtype);
+  std::int64_t parts = std::clamp<std::int64_t>(ceil_div(bytes, kPartBytes), 1, kMostParts);
   // The parts of a lone slab in fours, to be shared out evenly, if it is worth two meetings. A
   // training step on one thread and on two: (256, 256) float32, 131 us and 118; (4, 512, 7, 7)
   // bfloat16, which is smaller, 136 and 147.
-  if (slabs.count == 1 && p.layout == Layout::kChannelsLast && bytes >= kPartBytes) {
-    slabs.parts = ceil_div(slabs.parts, 4) * 4;
-  }
-  // Positions, so that parts are made of whole lines or tiles.
-  const std::int64_t whole = p.layout == Layout::kChannelsFirst ? 64 : 8;
-  slabs.share = ceil_div(ceil_div(p.reduced(), slabs.parts), whole) * whole;
-  slabs.parts = ceil_div(p.reduced(), slabs.share);
+  if (!first && slabs.count() == 1 && bytes >= kPartBytes) parts = ceil_div(parts, 4) * 4;
+  // Parts are made of whole lines or tiles.
+  const std::int64_t whole = first ? 64 : 8;
+  slabs.positions = Shares::of(p.reduced(), std::min(parts, ceil_div(p.reduced(), whole)), whole);
   return slabs;
 }
 
 // For a pass that reduces nothing: parts as they lie in memory.
 inline Slabs cut_in_order(const Problem& p) {
-  Slabs slabs = cut(p, 1);
-  if (p.layout == Layout::kChannelsLast || p.elements() == 0) return slabs;
-  slabs.width =
-      std::clamp<std::int64_t>(kPartBytes / (p.spatial * size_of(p.dtype)), 1, p.channels);
-  slabs.count = p.channels / slabs.width;
-  slabs.parts = p.batch;
-  slabs.share = p.spatial;
+  if (p.layout == Layout::kChannelsLast || p.elements() == 0) return cut(p, 1);
+  const std::int64_t plane = p.spatial * size_of(p.dtype);
+  const std::int64_t bytes = std::min(quarter_of(p.elements() * size_of(p.dtype)), kPartBytes);
+  Slabs slabs;
+  slabs.problem = p;
+  slabs.channels = even_channels(p, std::clamp<std::int64_t>(bytes / plane, 1, p.channels));
+  slabs.positions = Shares::of(p.reduced(), p.batch, p.spatial);
   return slabs;
 }
 
@@ -211,7 +247,7 @@ class Tables {
 
 template <typename Pass>
 void run_slab_by_slab(const Slabs& slabs, const Parallel& parallel, const Pass& pass) {
-  for_stretches(slabs.problem, parallel, slabs.count, [&](std::int64_t begin, std::int64_t end) {
+  for_stretches(slabs.problem, parallel, slabs.count(), [&](std::int64_t begin, std::int64_t end) {
     const Tables<Pass> tables(1, 2, slabs.widest());
     const auto facts = tables.facts(0);
     const auto total = tables.partials(0, 0);
@@ -220,13 +256,13 @@ void run_slab_by_slab(const Slabs& slabs, const Parallel& parallel, const Pass& 
       const Part slab = slabs.part(i, 0);
       pass.begin(slab, facts);
       pass.reduce(slab, facts, total);
-      for (std::int64_t j = 1; j < slabs.parts; ++j) {
+      for (std::int64_t j = 1; j < slabs.parts(); ++j) {
         pass.reduce(slabs.part(i, j), facts, partial);
         pass.merge(slabs.part(i, j), partial, total);
       }
       pass.finish(slab, total, facts);
-      const std::int64_t next = i + 1 < end ? slabs.to_next() : 0;
-      for (std::int64_t j = slabs.parts; j-- > 0;) {
+      const std::int64_t next = i + 1 < end ? slabs.to_next(i) : 0;
+      for (std::int64_t j = slabs.parts(); j-- > 0;) {
         Part part = slabs.part(i, j);
         part.next = next;
         pass.write(part, facts);
@@ -237,31 +273,32 @@ void run_slab_by_slab(const Slabs& slabs, const Parallel& parallel, const Pass& 
 
 template <typename Pass>
 void run_together(const Slabs& slabs, const Parallel& parallel, const Pass& pass) {
-  const Tables<Pass> tables(slabs.count, slabs.parts, slabs.widest());
+  const std::int64_t parts = slabs.parts();
+  const Tables<Pass> tables(slabs.count(), parts, slabs.widest());
   const auto reduce = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = begin; k < end; ++k) {
-      const std::int64_t i = k / slabs.parts;
-      const std::int64_t j = k % slabs.parts;
+      const std::int64_t i = k / parts;
+      const std::int64_t j = k % parts;
       pass.reduce(slabs.part(i, j), tables.facts(i), tables.partials(i, j));
     }
   };
   const auto write = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t k = end; k-- > begin;) {
-      const std::int64_t i = k / slabs.parts;
-      pass.write(slabs.part(i, k % slabs.parts), tables.facts(i));
+      const std::int64_t i = k / parts;
+      pass.write(slabs.part(i, k % parts), tables.facts(i));
     }
   };
 
-  for (std::int64_t i = 0; i < slabs.count; ++i) pass.begin(slabs.part(i, 0), tables.facts(i));
-  for_stretches(slabs.problem, parallel, slabs.count * slabs.parts, reduce);
-  for (std::int64_t i = 0; i < slabs.count; ++i) {
+  for (std::int64_t i = 0; i < slabs.count(); ++i) pass.begin(slabs.part(i, 0), tables.facts(i));
+  for_stretches(slabs.problem, parallel, slabs.count() * parts, reduce);
+  for (std::int64_t i = 0; i < slabs.count(); ++i) {
     const Table<typename Pass::Real> total = tables.partials(i, 0);
-    for (std::int64_t j = 1; j < slabs.parts; ++j) {
+    for (std::int64_t j = 1; j < slabs.parts(); ++j) {
       pass.merge(slabs.part(i, j), tables.partials(i, j), total);
     }
     pass.finish(slabs.part(i, 0), total, tables.facts(i));
   }
-  for_stretches(slabs.problem, parallel, slabs.count * slabs.parts, write);
+  for_stretches(slabs.problem, parallel, slabs.count() * parts, write);
 }
 
 // A pass has begin (a slab: what reduce has to know), reduce (a part), merge (a part into those
@@ -272,8 +309,8 @@ void run_together(const Slabs& slabs, const Parallel& parallel, const Pass& pass
 template <typename Pass>
 void run(const Slabs& slabs, const Parallel& parallel, const Pass& pass) {
   const std::int64_t threads = std::max(parallel.threads, 1);
-  const bool even = 4 * ceil_div(slabs.count, threads) * threads <= 5 * slabs.count;
-  if (threads == 1 || slabs.parts == 1 || even) {
+  const bool even = 4 * ceil_div(slabs.count(), threads) * threads <= 5 * slabs.count();
+  if (threads == 1 || slabs.parts() == 1 || even) {
     run_slab_by_slab(slabs, parallel, pass);
   } else {
     run_together(slabs, parallel, pass);
