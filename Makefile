@@ -47,7 +47,7 @@ lint: $(READY)
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 asan: build
-	$(RUN) tests/simt/sanitize.py $(SIDE_BY_SIDE) tests/test_emulator.py tests/test_emulator_ranks.py -q
+	$(RUN) tests/simt/sanitize.py $(SIDE_BY_SIDE) tests/test_emulator*.py -q
 
 # The editable install comes second: it finds everything built, and lets `batchrenorm_cuda` be imported from anywhere.
 build: $(READY)

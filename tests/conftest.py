@@ -1,4 +1,4 @@
-"""GPU tests, and how hypothesis looks for examples."""
+"""GPU tests, the emulator, and how hypothesis looks for examples."""
 
 import os
 
@@ -13,6 +13,14 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 REQUIRE_GPU = os.environ.get("BATCHRENORM_REQUIRE_GPU") == "1"
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    """An Emulator. A launch changes its chip and its schedule, so each file has one of its own."""
+    from simt.emulator import load  # builds it
+
+    return load()
 
 
 def why_no_gpu() -> str | None:

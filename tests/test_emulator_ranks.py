@@ -1,13 +1,11 @@
 """The kernels of a step that several ranks take together, under the emulator: moments, merge,
-backward_sums and backward_project. See test_emulator.py, whose cases these are."""
+backward_sums and backward_project. See test_emulator.py: the cases are the same."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from simt import truth
-from simt.emulator import CUMULATIVE, DTYPES, Emulator, Pass, load, replace
-from test_emulator import (
+from launches import (
     CASES,
     SCHEDULES,
     SLACK,
@@ -22,13 +20,10 @@ from test_emulator import (
     over_schedules,
     plan_for,
 )
+from simt import truth
+from simt.emulator import CUMULATIVE, DTYPES, Emulator, Pass, replace
 
 STATE = ("weight", "bias", "running_mean", "running_std")
-
-
-@pytest.fixture(scope="module")
-def emulator() -> Emulator:
-    return load()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

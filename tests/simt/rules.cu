@@ -1,5 +1,5 @@
-// Small kernels that break a rule each, to show that the emulator notices. test_emulator.py names
-// them by number.
+// Small kernels that break a rule each, to show that the emulator notices. test_emulator_rules.py
+// names them by number.
 #include "scheduler.h"
 
 #include <cuda_pipeline_primitives.h>
