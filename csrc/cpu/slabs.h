@@ -27,12 +27,10 @@ constexpr std::int64_t kMostParts = 64;
 // Measured, here and in the other files, on two cores of an AMD EPYC with AVX-512, 1 MB of L2 a
 // core and 32 MB of L3; where it says Zen 3 or AVX2, on two of an older one, 512 KB of L2 a core.
 
-// Below, a second thread costs more than it saves. Forward and backward on 25,088 float32 take 59
-// us on one thread, 41 on two. Not so in kChannelsLast, where the threads share rows: a training
-// step in Python takes 94 us on one thread, and 92 or 137 on two, as the second is awake or not.
-constexpr std::int64_t serial_elements(Layout layout) {
-  return (layout == Layout::kChannelsFirst ? 16 : 32) * 1024;
-}
+// Below, a second thread costs more than it saves. On 25,088 float32, one thread and two: forward
+// and backward 59 us and 41; on Zen 3 in channels_last, (1, 512, 7, 7), forward 31 and 22, backward
+// 48 and 31.
+constexpr std::int64_t kSerialElements = 16 * 1024;
 
 // A tensor that is larger does not stay in the caches: it is written past them, which spares
 // reading what is overwritten. Forward and backward of (32, 256, 56, 56) float32, one thread, in
@@ -164,10 +162,11 @@ inline Slabs cut(const Problem& p, int inputs) {
                          64 / size_of(p.dtype));
   const std::int64_t bytes = width * p.reduced() * size_of(p.dtype);
   std::int64_t parts = std::clamp<std::int64_t>(ceil_div(bytes, kPartBytes), 1, kMostParts);
-  // The parts of a lone slab in fours, to be shared out evenly, if it is worth two meetings. Zen 3,
-  // two threads, in one part and in four: (4, 512, 7, 7) bfloat16, forward 62 us and 45, backward
-  // 77 and 60; (256, 256) bfloat16, 37 and 31, 48 and 39.
-  if (!first && slabs.count() == 1 && bytes >= kPartBytes / 2) parts = ceil_div(parts, 4) * 4;
+  // Where slabs are few, their parts in fours, to be shared out evenly, if it is worth two
+  // meetings. Zen 3, two threads, in one part and in four: (4, 512, 7, 7) bfloat16 in
+  // channels_last, forward 62 us and 45, backward 77 and 60; (16, 3, 64, 64) bfloat16, 56 and 53,
+  // 83 and 80.
+  if (slabs.count() < 4 && bytes >= kPartBytes / 2) parts = ceil_div(parts, 4) * 4;
   // Parts are made of whole lines or tiles.
   const std::int64_t whole = first ? 64 : 8;
   slabs.positions = Shares::of(p.reduced(), std::min(parts, ceil_div(p.reduced(), whole)), whole);
@@ -200,7 +199,7 @@ inline Slabs cut_in_order(const Problem& p) {
 template <typename F>
 void for_stretches(const Problem& p, const Parallel& parallel, std::int64_t count, const F& f) {
   if (parallel.run == nullptr || parallel.threads <= 1 || count <= 1 ||
-      p.elements() < serial_elements(p.layout)) {
+      p.elements() < kSerialElements) {
     return f(std::int64_t{0}, count);
   }
   const auto body = [](std::int64_t begin, std::int64_t end, void* context) {
