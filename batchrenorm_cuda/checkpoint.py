@@ -309,15 +309,28 @@ def write(layer: Tensor, first: list[Any], repeat: Repeat) -> None:
         _tape(region).write(layer, repeat)
 
 
-def repetition(layer: Tensor) -> tuple[Repeat | None, Callable[[Repeat], None] | None]:
+def repetition(
+    layer: Tensor, training: bool
+) -> tuple[Repeat | None, Callable[[Repeat], None] | None]:
     """What a forward of the layer that owns the tensor `layer` repeats, and where it is written
     down.
 
     Returns what to do again, or None if this is a new step; and what to call, before a tensor is
     saved for backward, with what is or was done, or None.
+
+    Raises:
+        RuntimeError: for a training step that torch.utils.checkpoint repeats and has not seen the
+            first time.
     """
     first, again = regions()
     if not torch.is_grad_enabled():
         first += _contexts(sys._getframe())
     known = read(layer, again)
+    if training and known is None and any(is_of_torch(region) for region, _ in again):
+        raise RuntimeError(
+            "activation checkpointing repeats the forward of a BatchRenorm layer of "
+            f"{layer.size(0)} channels, and there is no record of what it did the first time: it "
+            "was not called then, or it has other buffers now, by load_state_dict(assign=True), "
+            ".to() or .double(). Gradients would be wrong: do that after the backward pass"
+        )
     return known, (lambda repeat: write(layer, first, repeat)) if first else None

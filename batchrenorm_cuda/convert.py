@@ -321,7 +321,7 @@ def _to_renorm(
         own = {n: layer._buffers.get(n) for n in names}  # old pickles have no counter
         own = {n: t for n, t in own.items() if t is not None and not is_lazy(t)}
         state = {f"{prefix}{n}": t for n, t in own.items()}
-        fresh._adopt(state, prefix)
+        fresh._adopt(state, prefix, assign=False)
         for before, source in own.items():
             n, eps = ("running_std", layer.eps) if before == "running_var" else (before, None)
             made_of = id(source), eps, buffers[n].dtype

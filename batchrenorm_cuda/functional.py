@@ -204,7 +204,7 @@ def _repeatable(
     """Where this forward may run again, or is doing so: then it does what it did the first time,
     whatever the layer's mode is by now."""
     running_mean, running_std, _, _, _, eps, *_ = step
-    known, keep = checkpoint.repetition(running_mean if layer is None else layer)
+    known, keep = checkpoint.repetition(running_mean if layer is None else layer, training)
     with seen_to():
         if known is not None:
             if keep is not None:

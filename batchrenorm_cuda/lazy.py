@@ -78,7 +78,7 @@ class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
                 with torch.no_grad():
                     t.fill_(first)
 
-    def _adopt(self, state_dict: dict[str, Any], prefix: str) -> RenormSchedule:
+    def _adopt(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> RenormSchedule:
         """Statistics of a layer that was saved before it had any are not looked at."""
         lazy: dict[str, Tensor] = {}
         for name in ("running_mean", "running_std", "running_var"):
@@ -86,8 +86,9 @@ class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
                 kept = "running_std" if name == "running_var" else name
                 lazy[f"{prefix}{kept}"] = state_dict.pop(f"{prefix}{name}")
                 if name == "running_var":  # the schedule then is missing, too
-                    state_dict.setdefault(f"{prefix}schedule", self.schedule)
-        schedule = super()._adopt(state_dict, prefix)
+                    own = self._schedule.as_tensor(self.schedule.device)
+                    state_dict.setdefault(f"{prefix}schedule", own)
+        schedule = super()._adopt(state_dict, prefix, assign)
         state_dict.update(lazy)
         return schedule
 

@@ -3,6 +3,7 @@ nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -212,11 +213,16 @@ class _BatchRenorm(nn.Module):
                 tracer = input.tracer
                 return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
             self._check_input_dim(input)
-        # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. A weight
-        # that is not there is parametrized.
+        # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. What is not
+        # there is parametrized, or was made an attribute of another kind.
         buffers, parameters = self._buffers, self._parameters
-        layer = mean = buffers["running_mean"]
-        std, counter = buffers["running_std"], buffers["num_batches_tracked"]
+        try:
+            layer = mean = buffers["running_mean"]
+            std, counter = buffers["running_std"], buffers["num_batches_tracked"]
+            schedule = buffers["schedule"]
+        except KeyError:
+            layer = mean = self.running_mean
+            std, counter, schedule = self.running_std, self.num_batches_tracked, self.schedule
         training = self.training
         if training and not self.track_running_stats and mean is not None:
             mean, std, counter = copies(mean, std, counter)
@@ -229,7 +235,7 @@ class _BatchRenorm(nn.Module):
                 mean,
                 std,
                 counter,
-                buffers["schedule"],
+                schedule,
                 0.0 if mean is None else self.momentum,
                 self.eps,
                 3.0,
@@ -304,7 +310,9 @@ class _BatchRenorm(nn.Module):
         schedule = self._schedule
         if self.running_mean is not None:
             try:
-                schedule = self._adopt(state_dict, prefix)
+                schedule = self._adopt(
+                    state_dict, prefix, local_metadata.get("assign_to_params_buffers", False)
+                )
             except (ValueError, TypeError) as error:
                 error_msgs.append(str(error))
                 return
@@ -319,7 +327,7 @@ class _BatchRenorm(nn.Module):
             else:
                 self._clipping = self._clipping.to(self.running_mean.device)
 
-    def _adopt(self, state_dict: dict[str, Any], prefix: str) -> RenormSchedule:
+    def _adopt(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> RenormSchedule:
         """Brings this layer's entries of a state_dict into its own form, in place. Returns the
         schedule in force after."""
 
@@ -334,8 +342,26 @@ class _BatchRenorm(nn.Module):
                 )
             return t
 
-        def refuse(name: str, t: Tensor, wanted: str, right: Tensor) -> None:
-            if not t.is_meta and not bool(right.all()):
+        def statistics_dtype() -> torch.dtype:
+            """With assign=True weight and bias take the dtype of the state_dict, and statistics
+            are to go with them."""
+            weight = given("weight") if assign else None
+            return self.running_mean.dtype if weight is None else statistic_dtype(weight.dtype)
+
+        def refuse(
+            name: str,
+            t: Tensor,
+            wanted: str,
+            test: Callable[[Tensor], Tensor],
+            dtype: torch.dtype | None = None,
+        ) -> None:
+            """What fails the test, as it is or in the dtype that it is kept in."""
+            if t.is_meta:
+                return
+            right = test(t)
+            if dtype is not None and bool(right.all()):
+                wanted, right = f"{wanted} in {dtype}", test(t.to(dtype))
+            if not bool(right.all()):
                 wrong = t.flatten()[~right.flatten()].tolist()
                 where = f" in {len(wrong)} of {t.numel()} channels" if t.numel() > 1 else ""
                 raise ValueError(f"{prefix}{name} must be {wanted}, got {wrong[0]}{where}")
@@ -343,25 +369,30 @@ class _BatchRenorm(nn.Module):
         mean, std, var = given("running_mean"), given("running_std"), given("running_var")
         counter, schedule = given("num_batches_tracked"), given("schedule")
         if counter is not None:
-            right = counter.isfinite() & (counter >= 0)
-            refuse("num_batches_tracked", counter, "finite and >= 0", right)
+            refuse("num_batches_tracked", counter, "finite and >= 0", _is_not_negative)
             state_dict[f"{prefix}num_batches_tracked"] = counter.to(torch.int64)
-        if var is not None and std is None:
-            refuse("running_var", var, "finite and >= 0", var.isfinite() & (var >= 0))
+        # torch.distributed.checkpoint fills in for what is not there with what the layer has.
+        if var is not None and (std is None or std is self.running_std):
+            refuse("running_var", var, "finite and >= 0", _is_not_negative)
             del state_dict[f"{prefix}running_var"]
             std = (var.double() + self.eps).sqrt()
-            kept = {"schedule": self.schedule, "num_batches_tracked": self.num_batches_tracked}
+            # Not the buffer, which may be as to_empty() has left it.
+            real = var if self.schedule.is_meta else self.schedule
+            kept = {
+                "schedule": self._schedule.as_tensor(real.device),
+                "num_batches_tracked": self.num_batches_tracked,
+            }
             if self.schedule.is_meta and not var.is_meta:  # with assign=True it becomes real now
-                kept["schedule"] = self._schedule.as_tensor(var.device)
                 kept["num_batches_tracked"] = var.new_zeros((), dtype=torch.int64)
             for name, t in kept.items():
                 state_dict.setdefault(f"{prefix}{name}", t)
+        dtype = statistics_dtype()
         if mean is not None:
-            refuse("running_mean", mean, "finite", mean.isfinite())
-            state_dict[f"{prefix}running_mean"] = mean.to(self.running_mean.dtype).contiguous()
+            refuse("running_mean", mean, "finite", torch.isfinite, dtype)
+            state_dict[f"{prefix}running_mean"] = mean.to(dtype).contiguous()
         if std is not None:
-            refuse("running_std", std, "finite and > 0", std.isfinite() & (std > 0))
-            state_dict[f"{prefix}running_std"] = std.to(self.running_std.dtype).contiguous()
+            refuse("running_std", std, "finite and > 0", _is_positive, dtype)
+            state_dict[f"{prefix}running_std"] = std.to(dtype).contiguous()
         if schedule is None or schedule is self.schedule or schedule.is_meta:
             return self._schedule
         try:
@@ -370,6 +401,14 @@ class _BatchRenorm(nn.Module):
             raise ValueError(f"{prefix}schedule: {error}") from None
         state_dict[f"{prefix}schedule"] = found.as_tensor(schedule.device)
         return found
+
+
+def _is_not_negative(t: Tensor) -> Tensor:
+    return t.isfinite() & (t >= 0)
+
+
+def _is_positive(t: Tensor) -> Tensor:
+    return t.isfinite() & (t > 0)
 
 
 def layers_of(model: nn.Module) -> dict[str, _BatchRenorm]:

@@ -158,7 +158,7 @@ def _trained(
     running_mean, running_std, *_ = step
     keep = None
     if running_mean is not None and checkpoint.may_repeat():
-        known, keep = checkpoint.repetition(layer)
+        known, keep = checkpoint.repetition(layer, training=True)
         if known is not None:
             if keep is not None:
                 keep(known)

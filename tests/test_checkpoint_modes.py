@@ -228,3 +228,26 @@ def test_ordinary_inference_does_not_look_for_regions(monkeypatch):
             model(x)
     with torch.no_grad():
         model.train()(x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda layer: layer.load_state_dict(
+            {name: t.clone() for name, t in layer.state_dict().items()}, assign=True
+        ),
+        lambda layer: layer.double().float(),
+    ],
+    ids=["assign", "dtypes"],
+)
+def test_a_layer_with_other_buffers_by_then_is_an_error(replace, reentrant):
+    """What it did is written down for the buffers that it had. A new step would give another
+    gradient and count the batch twice."""
+    layer = BatchRenorm2d(3, momentum=0.3, schedule=RenormSchedule.constant(2.0, 1.0))
+    y = checkpoint(layer, batch(0).requires_grad_(), use_reentrant=reentrant)
+    replace(layer)
+    before = {name: t.clone() for name, t in layer.named_buffers()}
+    with pytest.raises(RuntimeError, match="no record of what it did the first time"):
+        y.pow(3).sum().backward()
+    torch.testing.assert_close(dict(layer.named_buffers()), before, rtol=0, atol=0)

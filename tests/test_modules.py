@@ -339,3 +339,18 @@ def test_channels_last_goes_through_a_network(training, device):
     y.backward(torch.randn_like(y))
     assert len(formats) == 8 and all(formats)
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("how", ["parametrized", "parameter", "attribute"])
+def test_statistics_need_not_be_buffers(how):
+    layer, x = BatchRenorm2d(3).eval(), torch.randn(2, 3, 4, 4)
+    layer.running_mean.normal_()
+    wanted, mean = layer(x), layer.running_mean
+    if how == "parametrized":
+        torch.nn.utils.parametrize.register_parametrization(layer, "running_mean", nn.Identity())
+    else:
+        del layer.running_mean
+        frozen = nn.Parameter(mean, requires_grad=False)
+        layer.running_mean = frozen if how == "parameter" else mean
+    assert torch.equal(layer(x), wanted)
+    assert layer.train()(x).shape == x.shape

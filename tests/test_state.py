@@ -337,6 +337,30 @@ def test_a_batch_norm_variance_of_zero_needs_eps():
         BatchRenorm1d(3, eps=0.0).load_state_dict(peer.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("running_std", 1e-50), ("running_std", 1e300), ("running_mean", 1e300)]
+)
+def test_statistics_that_float32_cannot_hold_are_refused(name, value):
+    """They would have been 0 or inf in the layer."""
+    module, wide = trained(), trained().double()
+    before = copy.deepcopy(module)
+    getattr(wide, name)[1] = value
+    with pytest.raises(RuntimeError, match=rf"{name} must be .* in torch.float32, got 1e[-+]"):
+        module.load_state_dict(wide.state_dict())
+    assert equal_state(module, before)
+
+
+@pytest.mark.parametrize("peer", [nn.BatchNorm1d, BatchRenorm1d])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("had", "given"), [("float32", "float64"), ("float64", "float32")])
+def test_assigned_statistics_go_with_the_assigned_weight(peer, device, had, given):
+    had, given = getattr(torch, had), getattr(torch, given)
+    module = BatchRenorm1d(3, device=device, dtype=had)
+    module.load_state_dict(peer(3, dtype=given).state_dict(), assign=True)
+    assert {module.weight.dtype, module.running_mean.dtype, module.running_std.dtype} == {given}
+    module(torch.randn(4, 3, dtype=given))
+
+
 def test_missing_and_unexpected_keys_are_reported_as_ever():
     state = trained().state_dict()
     del state["schedule"]
@@ -430,6 +454,31 @@ def test_a_meta_module_takes_a_batch_norm_for_its_own(name):
     assert module.num_batches_tracked == (name == "running_mean")
     torch.testing.assert_close(copy.deepcopy(module).eval()(x), peer.eval()(x))
     module(x)
+
+
+@pytest.mark.parametrize("layer", [BatchRenorm1d, LazyBatchRenorm1d])
+def test_memory_of_to_empty_is_no_schedule(layer):
+    """A BatchNorm has none to load, and the buffer may hold anything."""
+    options = {} if layer is LazyBatchRenorm1d else {"num_features": 3}
+    module = layer(schedule=SCHEDULE, **options)
+    module.schedule.fill_(math.nan)
+    module.load_state_dict(nn.BatchNorm1d(3).state_dict(), strict=True)
+    assert torch.equal(module.schedule, SCHEDULE.as_tensor("cpu"))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_batch_norm_loads_by_distributed_checkpoint(strict):
+    """Which first puts the layer's own running_std where a BatchNorm has none."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    peer = nn.Sequential(nn.BatchNorm1d(3))
+    peer(torch.randn(8, 3) * 5 + 3)
+    model = nn.Sequential(BatchRenorm1d(3, schedule=SCHEDULE))
+    options = StateDictOptions(full_state_dict=True, strict=strict)
+    set_model_state_dict(model, peer.state_dict(), options=options)
+    wanted = BatchRenorm1d(3, schedule=SCHEDULE)
+    wanted.load_state_dict(peer[0].state_dict())
+    assert equal_state(model[0], wanted)
 
 
 def test_the_default_device_is_for_what_is_new():
