@@ -334,3 +334,19 @@ def test_every_instruction_set_passes(capability):
         text=True,
     )
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(32, 16, 64, 64), (64, 32, 14, 14)], ids=str)
+@BOTH_LAYOUTS
+def test_the_mean_of_many_values_is_not_rounded_again_and_again(form, shape, dtype):
+    """dweight is off by the mean's error times the sum of dy, which is no small number where dy has
+    a mean."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(shape, generator=generator).to(dtype, memory_format=FORMATS[form])
+        _, stats = ops.forward(x, *[None] * 6, 0.1, 1e-5, 1.0, 0.0, False)
+        mean = x.double().mean((0, 2, 3))
+        error = (stats[0].double() + stats[1].double() - mean).abs().max()
+        most = {"contiguous": 0.5, "channels_last": 1.5}[form]  # last places of 1, which is the std
+        assert error <= most * torch.finfo(torch.float32).eps

@@ -4,10 +4,10 @@
 // Notation follows Ioffe (2017), Algorithm 1. Real is the type of statistics: float, or double for
 // double tensors.
 //
-// A channel is reduced around a pivot, its own first element: u = x - pivot. One Real cannot hold
-// the mean of a channel with |mean| / std = 1e4 well enough; the pair (pivot, offset), mean = pivot
-// + offset, can. Mean error at |mean| / std = 1000 and m = 262144, in units of std: 1.8e-5 for one
-// float, 5.6e-9 for the pair.
+// A channel is reduced around a pivot, its own first element or the mean of its first ones: u = x -
+// pivot. One Real cannot hold the mean of a channel with |mean| / std = 1e4 well enough; the pair
+// (pivot, offset), mean = pivot + offset, can. Mean error at |mean| / std = 1000 and m = 262144, in
+// units of std: 1.8e-5 for one float, 5.6e-9 for the pair.
 #pragma once
 
 #include "host_device.h"

@@ -60,7 +60,8 @@ struct SumRows {
 template <typename T>
 struct Sweeps {
   using Real = RealOf<T>;
-  // kChannelsLast: pivot[width], x of each channel at the slab's position 0.
+  // kChannelsLast: pivot[width], x of each channel at the slab's position 0, or the mean of the
+  // first few.
   void (*pivots)(const Part&, const T* x, Real* pivot);
   // Makes parameters of `width` channels, in place, what sums, normalise and project take.
   void (*arrange)(const Part&, Real* parameters);

@@ -88,7 +88,7 @@ void moments_plane_by_plane(const Part& part, const T* x, RealOf<T>* pivot, Real
     BlockMoments<T> moments[kGroup<T>];
     static_assert(sizeof(moments) + kGroup<T> * sizeof(LaneSums<T>) <= 16 * 1024);
     const auto deviations = [&](std::int64_t plane, std::int64_t k, std::int64_t next) BRN_INLINED {
-      const Lanes<T> centre = moments[k].centre.centre;
+      const Lanes<T> centre = moments[k].centre;
       return plane_deviations(
           part, plane, 1, x,
           [&](std::int64_t) BRN_INLINED {
@@ -97,7 +97,7 @@ void moments_plane_by_plane(const Part& part, const T* x, RealOf<T>* pivot, Real
           [&](Lanes<T> v) BRN_INLINED { return v - centre; });
     };
     for (std::int64_t k = 0; k < count; ++k) {
-      const Lanes<T> pivots = Lanes<T>::of(take_pivot(part, first + k, x, pivot));
+      const Lanes<T> pivots = Lanes<T>::of(take_mean_pivot(part, first + k, x, pivot));
       moments[k] = BlockMoments<T>(pivots, first_vector(part, first + k, x));
       if (vectors_of_plane<T>(part) > kFirst) {
         moments[k].recentre(of_plane, deviations(begin_of(part, first + k), k, 0));

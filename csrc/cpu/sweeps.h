@@ -40,14 +40,30 @@ struct Entries {
   }
 
   static void pivots(const Part& part, const T* x, Real* pivot) {
+    const T* first = x + part.first;
+    const std::int64_t end = pivot_rows(part) * part.stride;
+    const Real share = Real(1) / static_cast<Real>(pivot_rows(part));
     if (is_narrow(part)) {
-      for (std::int64_t w = 0; w < part.width; ++w) pivot[w] = to_real(x[part.first + w]);
-    } else {
-      const std::int64_t last = part.width - kLanes<T>;
-      for (std::int64_t c = 0; c < last; c += kLanes<T>) {
-        store_reals<T>(pivot + c, load(x + part.first + c));
+      for (std::int64_t w = 0; w < part.width; ++w) {
+        const Real x0 = to_real(first[w]);
+        Real sum = 0;
+        for (std::int64_t row = part.stride; row < end; row += part.stride) {
+          sum += to_real(first[w + row]) - x0;
+        }
+        pivot[w] = x0 + sum * share;
       }
-      store_reals<T>(pivot + last, load(x + part.first + last));
+    } else {
+      const auto take = [&](std::int64_t c) BRN_INLINED {
+        const Lanes<T> x0 = load(first + c);
+        Lanes<T> sum{};
+        for (std::int64_t row = part.stride; row < end; row += part.stride) {
+          sum += load(first + c + row) - x0;
+        }
+        store_reals<T>(pivot + c, x0 + sum * share);
+      };
+      const std::int64_t last = part.width - kLanes<T>;
+      for (std::int64_t c = 0; c < last; c += kLanes<T>) take(c);
+      take(last);
     }
   }
 
@@ -79,7 +95,7 @@ struct Entries {
         return moments_plane_by_plane(part, x, pivot, mean, m2);
       }
       for_each_channel(part, helps, [&](std::int64_t w, auto along) BRN_INLINED {
-        const auto moments = channel_moments<along>(part, w, x, take_pivot(part, w, x, pivot));
+        const auto moments = channel_moments<along>(part, w, x, take_mean_pivot(part, w, x, pivot));
         mean[w] = moments.mean;
         m2[w] = moments.m2;
       });
