@@ -53,6 +53,16 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
+def check_constants(**statistics: Tensor | None) -> None:
+    """Moving statistics get no gradient, so none may be asked for."""
+    for name, t in statistics.items():
+        if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require a gradient, since there is none of it: pass "
+                f"{name}.detach(), got requires_grad=True"
+            )
+
+
 def check_numbers(
     momentum: float | None, eps: float, r_max: float = 1.0, d_max: float = 0.0
 ) -> None:

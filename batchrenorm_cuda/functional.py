@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import _ops, checkpoint
-from .arguments import HALVES, check_arguments
+from .arguments import HALVES, check_arguments, check_constants
 from .autograd import (
     Inference,
     RecordedTraining,
@@ -75,8 +75,8 @@ def batch_renorm(
         x: [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]; float32, float16, bfloat16 or
             float64; any strides.
         running_mean, running_std: moving statistics, in units of x, updated in place in training.
-            running_std averages the standard deviation with eps in it. Both None: plain Batch
-            Normalization by the batch (training only).
+            running_std averages the standard deviation with eps in it. They may not require a
+            gradient. Both None: plain Batch Normalization by the batch (training only).
         weight, bias: [C], of the dtype of statistics or half precision. Either may be None.
         training: whether to normalise by the batch and learn from it.
         momentum: weight of this batch in the moving averages, in [0, 1]. None: the cumulative
@@ -99,6 +99,7 @@ def batch_renorm(
         ValueError, TypeError: naming the argument and what it got, before anything has changed. One
             value per channel is refused in training.
     """
+    check_constants(running_mean=running_mean, running_std=running_std)
     if running_mean is None and momentum is None:
         momentum = 0.0  # nothing is averaged, so nothing is to be counted
     step = (

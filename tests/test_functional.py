@@ -368,6 +368,21 @@ def test_bad_arguments_are_named_and_change_nothing(changed, error, message, dif
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["running_mean", "running_std"])
+def test_statistics_that_want_a_gradient_are_refused(name, training):
+    """There is none of them; without this it would be silently missing, or 0 in torch.func.grad."""
+    given = arguments(training=training)
+    given[name] = given[name].requires_grad_()
+    message = f"{name} must not require a gradient"
+    with pytest.raises(ValueError, match=message):
+        batch_renorm(**given)
+    with torch.no_grad():
+        batch_renorm(**given)
+    with pytest.raises(ValueError, match=message):
+        torch.func.grad(lambda t: batch_renorm(**arguments(**{name: t})).sum())(torch.ones(3))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["running_mean", "running_std", "weight", "bias", "schedule"])
 def test_tensors_of_another_device_are_named(name):
