@@ -35,7 +35,11 @@ CUTS = [
     Case("S = 289", (6, 33, 17, 17), "runs of 18 vectors and one value"),
     Case("parts", (2, 1, 400, 401), "one channel in several parts, cut within a plane"),
     Case("37 channels", (1, 37, 60, 60), "slabs of four channels and of five"),
-    Case("few rows", (49, 2070), "four slabs of columns, with 40 channels between them to share"),
+    Case(
+        "few rows",
+        (49, 2070),
+        "four slabs of columns, of whole lines but for the last, which is wider",
+    ),
     Case("three channels", (2, 3, 300, 300), "more slabs than threads, but not evenly so"),
     Case("5-D", (2, 6, 5, 40, 41), "volumes"),
     Case("larger than a cache", (8, 24, 120, 120), "read in the order of memory"),
