@@ -42,7 +42,7 @@ torch.utils.checkpoint.SAC_IGNORED_OPS.add(renormalize)
 NOT_IN_TRAINING = (
     "a training step of a BatchRenorm layer cannot be recorded by {}: call model.eval() first"
 )
-STAT_ROWS = 5  # pivot, mean - pivot, 1 / std, r, d
+STAT_ROWS = 5  # centre, mean - centre, 1 / std, r, d
 
 
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:

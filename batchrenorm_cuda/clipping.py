@@ -47,14 +47,14 @@ def _count_clipping(
 ) -> None:
     channels = stats.size(1)
     mean, std, steps = before.split([channels, channels, 1])
-    pivot, offset, inv_std, r, d = stats.detach().double()
-    shift = pivot - mean
+    centre, residue, inv_std, r, d = stats.detach().double()
+    shift = centre - mean
     log_r = (inv_std * std).log().abs()
-    wanted_d = ((shift + offset) / std).abs()
+    wanted_d = ((shift + residue) / std).abs()
     log_r_excess = log_r - r.log().abs()
     d_excess = wanted_d - d.abs()
     r_clipped = log_r_excess > _ROUNDING
-    d_clipped = d_excess > _ROUNDING * (1 + (shift.abs() + offset.abs()) / std)
+    d_clipped = d_excess > _ROUNDING * (1 + (shift.abs()) / std)
     rows = torch.stack(
         [
             torch.ones_like(r),

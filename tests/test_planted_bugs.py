@@ -42,8 +42,7 @@ BUGS = [
         "moving statistics read after the team has met",
         "kernels/forward.cu",
         "const ChannelState<Real> state = states[thread];",
-        "const ChannelState<Real> state = "
-        "channel_state(params, channel0 + thread, states[thread].pivot);",
+        "const ChannelState<Real> state = channel_state<Real>(params, channel0 + thread);",
     ),
     Bug(
         "one set of partial results a team",
@@ -61,8 +60,8 @@ BUGS = [
     Bug(
         "no barrier before records are read",
         "kernels/reduce.cuh",
-        "  __syncthreads();\n\n  typename Values::Record total{};",
-        "  typename Values::Record total{};",
+        "  __syncthreads();\n\n  typename Values::Total total{};",
+        "  typename Values::Total total{};",
     ),
     Bug(
         "no barrier before the affine maps are read",
@@ -112,9 +111,21 @@ BUGS = [
     Bug(
         "divergent barrier",
         "kernels/reduce.cuh",
-        "  if (thread < channels) {\n    total = records[thread];",
-        "  if (thread < channels) {\n    __syncthreads();\n    total = records[thread];",
+        "  if (thread < channels) total = total_of(",
+        "  if (thread < channels) __syncthreads();\n  if (thread < channels) total = total_of(",
         says="divergent barrier",
+    ),
+    Bug(
+        "blocks take the team's moments about means of their own",
+        "kernels/moments.cuh",
+        "other.mean[0] = mean - first;",
+        "other.mean[0] = mean - mine.mean;",
+    ),
+    Bug(
+        "pivots of the first lane alone",
+        "kernels/tile.cuh",
+        "pivot[0] += __shfl_xor_sync(kAllLanes, pivot[0], distance);",
+        "pivot[0] = __shfl_xor_sync(kAllLanes, pivot[0], distance);",
     ),
     Bug(
         "part of a block leaves before the barrier",
@@ -138,8 +149,8 @@ BUGS = [
     Bug(
         "scales of a stripe's first channels for all of it",
         "kernels/affine_rows.cuh",
-        "Wide::unpack(Wide::load_shared(rows_[2] + channel + k), scale);",
-        "Wide::unpack(Wide::load_shared(rows_[2] + k), scale);",
+        "Wide::unpack(Wide::load_shared(rows_[1] + channel + k), scale);",
+        "Wide::unpack(Wide::load_shared(rows_[1] + k), scale);",
     ),
     Bug(
         "late partial result",
@@ -230,9 +241,9 @@ BUGS = [
     Bug(
         "two threads write one record",
         "kernels/reduce.cuh",
-        "  __syncthreads();\n\n  typename Values::Record total{};",
+        "  __syncthreads();\n\n  typename Values::Total total{};",
         "  if (member == 0) records[0] = values.get(0);\n"
-        "  __syncthreads();\n\n  typename Values::Record total{};",
+        "  __syncthreads();\n\n  typename Values::Total total{};",
         kernel="backward",
         says="ThreadSanitizer: data race",
         race=True,

@@ -30,12 +30,6 @@ BRN_HD Total total_of(const double* gathered, int ranks, std::int64_t channels) 
   return total;
 }
 
-template <typename Real>
-struct PivotedMoments {
-  Real pivot;
-  Moments<Real> moments;
-};
-
 // Channel c of all ranks together, merged in their order, so that every rank gets the same bits. A
 // rank without examples changes nothing.
 template <typename Real>

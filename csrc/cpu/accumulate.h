@@ -1,7 +1,7 @@
 // Lane by lane: what the reductions keep, moments and sums, and the normalisation.
 #pragma once
 
-#include "centre.h"
+#include "../core/math.h"
 #include "lanes.h"
 
 #include <cstdint>
@@ -26,7 +26,7 @@ BRN_LANES SharedMoments<Real, Value> merge(SharedMoments<Real, Value> a,
 }
 
 template <typename T>
-BRN_LANES Lanes<T> apply(const CentredAffine<Lanes<T>>& a, Lanes<T> x) {
+BRN_LANES Lanes<T> apply(const Affine<Lanes<T>>& a, Lanes<T> x) {
   return (x - a.centre) * a.scale + a.shift;
 }
 

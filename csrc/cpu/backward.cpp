@@ -32,8 +32,7 @@ struct Backward : SumsReduction<T> {
       Values dweight, dbias, mean_g, slope, scale;
       for (std::int64_t k = 0; k < n; ++k) {
         const Sums<Real> both = sums[k];
-        const Projection<Real> p =
-            centred(projection(both, count, stats[k], weight[k], training()), centre_of(stats[k]));
+        const Projection<Real> p = projection(both, count, stats[k], weight[k], training());
         dweight[k] = weight_gradient(both, stats[k]);
         dbias[k] = both.g;
         mean_g[k] = p.mean_g;

@@ -25,10 +25,8 @@ struct Project {
       for (std::int64_t k = 0; k < n; ++k) {
         const Sums<Real> sums{static_cast<Real>(params.sums[c + k]),
                               static_cast<Real>(params.sums[problem.channels + c + k])};
-        const Centre<Real> centre = centre_of(stats[k]);
-        const Projection<Real> p =
-            centred(projection(sums, count, stats[k], weight[k], true), centre);
-        facts[kCentre][w + k] = centre.centre;
+        const Projection<Real> p = projection(sums, count, stats[k], weight[k], true);
+        facts[kCentre][w + k] = stats[k].centre;
         facts[kMeanG][w + k] = p.mean_g;
         facts[kSlope][w + k] = p.slope;
         facts[kScale][w + k] = p.scale;

@@ -72,14 +72,14 @@ void for_each_chunk(std::int64_t width, F f) {
 // Columns of the [kStatRows][C] tensor.
 template <typename Real>
 struct StatsChunk {
-  Chunk<Real> pivot, offset, inv_std, r, d;
+  Chunk<Real> centre, residue, inv_std, r, d;
 
   ChannelStats<Real> operator[](std::int64_t k) const {
-    return {pivot[k], offset[k], inv_std[k], r[k], d[k]};
+    return {centre[k], residue[k], inv_std[k], r[k], d[k]};
   }
   void set(std::int64_t k, ChannelStats<Real> s) {
-    pivot[k] = s.pivot;
-    offset[k] = s.offset;
+    centre[k] = s.centre;
+    residue[k] = s.residue;
     inv_std[k] = s.inv_std;
     r[k] = s.r;
     d[k] = s.d;
@@ -92,8 +92,8 @@ struct StatsChunk {
             Chunk<Real>::load(from + 4 * channels, count)};
   }
   void store(Real* to, std::int64_t channels, std::int64_t count) const {
-    pivot.store(to, count);
-    offset.store(to + channels, count);
+    centre.store(to, count);
+    residue.store(to + channels, count);
     inv_std.store(to + 2 * channels, count);
     r.store(to + 3 * channels, count);
     d.store(to + 4 * channels, count);

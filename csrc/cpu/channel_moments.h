@@ -2,7 +2,6 @@
 #pragma once
 
 #include "accumulate.h"
-#include "centre.h"
 #include "chains.h"
 #include "isa.h"
 #include "lanes.h"
@@ -33,7 +32,7 @@ struct BlockMoments {
       : pivot(pivots), mean{first - pivots, {}}, centre(pivot + mean.sum), m2{}, count{} {}
 
   // Of the centre.
-  BRN_LANES Lanes<T> residue() const { return centre_of(pivot, mean.sum).residue + mean.error; }
+  BRN_LANES Lanes<T> residue() const { return two_sum(pivot, mean.sum).error + mean.error; }
 
   // The mean is kept in two Reals: in one, every block would round it once more, and dweight has
   // that error times the sum of dy. (32, 16, 64, 64) float32, x of mean 0 and dy of mean 3, error

@@ -26,7 +26,7 @@ BRN_LANES void cover(std::int64_t at, std::int64_t length, F whole, Rest rest) {
 }
 
 template <typename T>
-BRN_LANES CentredAffine<Lanes<T>> affine_of(const Affines<RealOf<T>>& a, std::int64_t w) {
+BRN_LANES Affine<Lanes<T>> affine_of(const Affines<RealOf<T>>& a, std::int64_t w) {
   return {Lanes<T>::of(a.centre[w]), Lanes<T>::of(a.scale[w]), Lanes<T>::of(a.shift[w])};
 }
 template <typename T>
@@ -37,8 +37,8 @@ BRN_LANES Projection<Lanes<T>> projection_of(const Projections<RealOf<T>>& p, st
 // A run. `next` elements further on another is written, and `ahead` elements further on, if that is
 // not 0, what lies there is fetched.
 template <bool kAlong, typename T>
-BRN_LANES void normalise_run(const Part& part, const CentredAffine<Lanes<T>>& affine, const T* x,
-                             T* y, std::int64_t at, std::int64_t length, std::int64_t next,
+BRN_LANES void normalise_run(const Part& part, const Affine<Lanes<T>>& affine, const T* x, T* y,
+                             std::int64_t at, std::int64_t length, std::int64_t next,
                              std::int64_t ahead) {
   const auto whole = [&](std::int64_t i) BRN_INLINED {
     if constexpr (kAlong) {
@@ -61,7 +61,7 @@ BRN_LANES void normalise_run(const Part& part, const CentredAffine<Lanes<T>>& af
 template <bool kAlong, typename T>
 BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
                                  const Affines<RealOf<T>>& a, T* y) {
-  const CentredAffine<Lanes<T>> affine = affine_of<T>(a, w);
+  const Affine<Lanes<T>> affine = affine_of<T>(a, w);
   const std::int64_t ahead = fetched_ahead_of_writing<T>(part);
   for_each_run(part, w, [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     normalise_run<kAlong>(part, affine, x, y, at, length, next, ahead);

@@ -73,9 +73,8 @@ void wide_normalise(const Rows& rows, const T* x, const Affines<RealOf<T>>& a, T
   const bool streamed =
       rows.streamed && rows.width % kLanes<T> == 0 && is_aligned(y + rows.first, rows.stride);
   const auto normalise = [&](std::int64_t at, std::int64_t height, std::int64_t place) BRN_INLINED {
-    const CentredAffine<Lanes<T>> affine{load_lanes<T>(a.centre + place),
-                                         load_lanes<T>(a.scale + place),
-                                         load_lanes<T>(a.shift + place)};
+    const Affine<Lanes<T>> affine{load_lanes<T>(a.centre + place), load_lanes<T>(a.scale + place),
+                                  load_lanes<T>(a.shift + place)};
     for (std::int64_t k = 0; k < height; ++k, at += rows.stride) {
       fetch(x + at + ahead.elements);
       const Lanes<T> made = apply(affine, load(x + at));

@@ -51,7 +51,7 @@ struct Forward : MomentsReduction<T> {
         const Moments<Real> moments{count, mean[k], m2[k]};
         const Running<Real> running{running_mean[k], running_std[k]};
         const ChannelStats<Real> s = channel_stats(moments, pivot[k], epsilon, running, limits);
-        const CentredAffine<Real> affine = centred(training_affine(s, weight[k], bias[k]));
+        const Affine<Real> affine = training_affine(s, weight[k], bias[k]);
         const Running<Real> next = moved(running, moments, pivot[k], epsilon, momentum);
         stats.set(k, s);
         centre[k] = affine.centre;

@@ -22,20 +22,19 @@ struct Inference {
       const Values weight = Values::load(at<Real>(params.weight, c), n, Real(1));
       const Values bias = Values::load(at<Real>(params.bias, c), n, Real(0));
       Values centre, scale, shift;
-      const auto set = [&](std::int64_t k, CentredAffine<Real> affine) {
+      const auto set = [&](std::int64_t k, Affine<Real> affine) {
         centre[k] = affine.centre;
         scale[k] = affine.scale;
         shift[k] = affine.shift;
       };
       if (params.stats != nullptr) {
         const auto stats = StatsChunk<Real>::load(at<Real>(params.stats, c), problem.channels, n);
-        for (std::int64_t k = 0; k < n; ++k)
-          set(k, centred(training_affine(stats[k], weight[k], bias[k])));
+        for (std::int64_t k = 0; k < n; ++k) set(k, training_affine(stats[k], weight[k], bias[k]));
       } else {
         const Values mean = Values::load(at<Real>(params.running_mean, c), n);
         const Values std = Values::load(at<Real>(params.running_std, c), n);
         for (std::int64_t k = 0; k < n; ++k)
-          set(k, centred(inference_affine<Real>({mean[k], std[k]}, weight[k], bias[k])));
+          set(k, inference_affine<Real>({mean[k], std[k]}, weight[k], bias[k]));
       }
       centre.store(facts[kCentre] + w, n);
       scale.store(facts[kScale] + w, n);

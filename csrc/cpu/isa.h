@@ -7,7 +7,6 @@
 
 #include "../core/math.h"
 #include "../core/types.h"
-#include "centre.h"
 #include "element.h"
 
 #include <cstdint>
@@ -43,7 +42,7 @@ struct Part {
 
 // Parameters of `width` channels, as a struct of arrays.
 template <typename Real>
-using Affines = CentredAffine<const Real*>;
+using Affines = Affine<const Real*>;
 template <typename Real>
 using Projections = Projection<const Real*>;
 

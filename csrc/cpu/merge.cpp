@@ -45,8 +45,8 @@ void merge_of(const MergeParams& params) {
                                       ? Running<Real>{running_mean[c], running_std[c]}
                                       : Running<Real>{Real(0), Real(1)};
     const ChannelStats<Real> s = channel_stats(all.moments, all.pivot, epsilon, running, limits);
-    stats[0 * channels + c] = s.pivot;
-    stats[1 * channels + c] = s.offset;
+    stats[0 * channels + c] = s.centre;
+    stats[1 * channels + c] = s.residue;
     stats[2 * channels + c] = s.inv_std;
     stats[3 * channels + c] = s.r;
     stats[4 * channels + c] = s.d;

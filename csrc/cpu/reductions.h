@@ -100,14 +100,8 @@ struct SumsReduction {
   void begin(const Part& slab, const Table<Real>& facts) const {
     for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
       const StatsChunk<Real> s = stats_of(slab.channel + w, n);
-      Chunk<Real> centre, residue;
-      for (std::int64_t k = 0; k < n; ++k) {
-        const Centre<Real> c = centre_of(s[k]);
-        centre[k] = c.centre;
-        residue[k] = c.residue;
-      }
-      centre.store(facts[kCentre] + w, n);
-      residue.store(facts[kResidue] + w, n);
+      s.centre.store(facts[kCentre] + w, n);
+      s.residue.store(facts[kResidue] + w, n);
     });
     sweeps<T>().arrange(slab, facts[kCentre]);
   }

@@ -15,10 +15,9 @@ template <typename Real, int kSlab>
 class AffineRows {
  public:
   __device__ __forceinline__ void write(int channel, const Affine<Real>& affine) {
-    rows_[0][channel] = affine.pivot;
-    rows_[1][channel] = affine.offset;
-    rows_[2][channel] = affine.scale;
-    rows_[3][channel] = affine.shift;
+    rows_[0][channel] = affine.centre;
+    rows_[1][channel] = affine.scale;
+    rows_[2][channel] = affine.shift;
   }
 
   // Of kChannels channels from a multiple of kChannels on.
@@ -28,22 +27,19 @@ class AffineRows {
     using Wide = Slot<Real, (kBytes < 16 ? kBytes : 16)>;
 #pragma unroll
     for (int k = 0; k < kChannels; k += Wide::kLanes) {
-      Real pivot[Wide::kLanes];
-      Real offset[Wide::kLanes];
+      Real centre[Wide::kLanes];
       Real scale[Wide::kLanes];
       Real shift[Wide::kLanes];
-      Wide::unpack(Wide::load_shared(rows_[0] + channel + k), pivot);
-      Wide::unpack(Wide::load_shared(rows_[1] + channel + k), offset);
-      Wide::unpack(Wide::load_shared(rows_[2] + channel + k), scale);
-      Wide::unpack(Wide::load_shared(rows_[3] + channel + k), shift);
+      Wide::unpack(Wide::load_shared(rows_[0] + channel + k), centre);
+      Wide::unpack(Wide::load_shared(rows_[1] + channel + k), scale);
+      Wide::unpack(Wide::load_shared(rows_[2] + channel + k), shift);
 #pragma unroll
-      for (int i = 0; i < Wide::kLanes; ++i)
-        affine[k + i] = {pivot[i], offset[i], scale[i], shift[i]};
+      for (int i = 0; i < Wide::kLanes; ++i) affine[k + i] = {centre[i], scale[i], shift[i]};
     }
   }
 
  private:
-  alignas(16) Real rows_[4][kSlab];
+  alignas(16) Real rows_[3][kSlab];
 };
 
 }  // namespace brn

@@ -27,13 +27,6 @@ namespace brn {
 namespace {
 
 template <typename Real>
-__device__ __forceinline__ Centre<Real> centre_of(const BackwardParams& params, const Problem& p,
-                                                  int c) {
-  if (!params.stats) return {static_cast<const Real*>(params.running_mean)[c], Real(0)};
-  return brn::centre_of<Real>(params.stats, p.channels, c);
-}
-
-template <typename Real>
 __device__ __forceinline__ ChannelStats<Real> stats_of(const BackwardParams& params,
                                                        const Problem& p, int c) {
   if (!params.stats) {
@@ -41,6 +34,12 @@ __device__ __forceinline__ ChannelStats<Real> stats_of(const BackwardParams& par
                                   static_cast<const Real*>(params.running_std)[c]});
   }
   return brn::stats_of<Real>(params.stats, p.channels, c);
+}
+
+template <typename Real>
+__device__ __forceinline__ Real centre_of(const BackwardParams& params, const Problem& p, int c) {
+  if (!params.stats) return stats_of<Real>(params, p, c).centre;
+  return brn::centre_of<Real>(params.stats, c);
 }
 
 // What a channel brings to its projection.
@@ -81,7 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const T* dy = static_cast<const T*>(params.dy) + slab_offset;
     T* dx = static_cast<T*>(params.dx) + slab_offset;
 
-    Centre<Real> centre[kChannels];
+    Real centre[kChannels];
 #pragma unroll
     for (int k = 0; k < kChannels; ++k)
       centre[k] = centre_of<Real>(params, p, in_range ? channel0 + mine + k : channel0);
@@ -115,12 +114,13 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    const Sums<Real> total = slab_sums<Slot, kLayout, Next>(
+    Sums<Real> total = slab_sums<Slot, kLayout, Next>(
         sums, p, plan, slab, channels, walk, parity, workspace, records,
         static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
     if (finishes) {
       const int c = channel0 + thread;
       const ChannelState<Real> state = states[thread];
+      total = around_mean(total, state.stats.residue);
       projections[thread] = projection(total, static_cast<Real>(p.reduced()), state.stats,
                                        state.weight, params.stats != nullptr);
       if (walk.rank() == 0) {
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 #pragma unroll
           for (int i = 0; i < Slot::kLanes; ++i) {
             const int k = channel_of<kLayout>(i);
-            value[i] = apply(projected[k], g[i], (value[i] - centre[k].pivot) - centre[k].offset);
+            value[i] = apply(projected[k], g[i], value[i] - centre[k]);
           }
           Slot::store(dx + cursor.offset, value);
         }

@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   typename Slot::Bits dy_tile[kSlots];
   load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
 
-  Centre<Real> centre[kChannels];
+  Real centre[kChannels];
   Projection<Real> projected[kChannels];
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
-    centre[k] = centre_of<Real>(params.stats, p.channels, channel0 + mine + k);
+    centre[k] = centre_of<Real>(params.stats, channel0 + mine + k);
     projected[k] = projection_of<Real>(params, p, channel0 + mine + k);
   }
 
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 #pragma unroll
       for (int i = 0; i < Slot::kLanes; ++i) {
         const int k = channel_of<kLayout>(i);
-        value[i] = apply(projected[k], g[i], (value[i] - centre[k].pivot) - centre[k].offset);
+        value[i] = apply(projected[k], g[i], value[i] - centre[k]);
       }
       Slot::store(dx + cursor.offset, value);
     }

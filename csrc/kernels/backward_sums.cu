@@ -39,11 +39,10 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const T* x = static_cast<const T*>(params.x) + slab_offset;
     const T* dy = static_cast<const T*>(params.dy) + slab_offset;
 
-    Centre<Real> centre[kChannels];
+    Real centre[kChannels];
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
-      centre[k] =
-          centre_of<Real>(params.stats, p.channels, in_range ? channel0 + mine + k : channel0);
+      centre[k] = centre_of<Real>(params.stats, in_range ? channel0 + mine + k : channel0);
     }
 
     typename Slot::Bits x_tile[kSlots];
@@ -60,12 +59,13 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    const Sums<Real> total = slab_sums<Slot, kLayout, Next>(
+    Sums<Real> total = slab_sums<Slot, kLayout, Next>(
         sums, p, plan, slab, channels, walk, parity, workspace, records,
         static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
     const int c = channel0 + thread;
     if (walk.rank() == 0 && thread < channels && c < p.channels) {
       const ChannelStats<Real> stats = stats_of<Real>(params.stats, p.channels, c);
+      total = around_mean(total, stats.residue);
       params.sums[c] = static_cast<double>(total.g);
       params.sums[p.channels + c] = static_cast<double>(total.gx);
       static_cast<Real*>(params.dweight)[c] = weight_gradient(total, stats);

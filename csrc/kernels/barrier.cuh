@@ -126,6 +126,11 @@ class Partials {
     pairs_[std::int64_t{rank} * channels_ + channel] = pair;
   }
 
+  // What the first rank has published first of the channel that for_each() gives this thread.
+  __device__ __forceinline__ Real first() const {
+    return __ldcg(pairs_ + threadIdx.x % static_cast<unsigned>(channels_)).x;
+  }
+
   // Calls f(rank, first, second), in the order of ranks, for what this thread has to merge: of the
   // slab's channel threadIdx.x % channels, every (threads / channels)-th rank. From L2: the L1 may
   // hold what an earlier slab left there.

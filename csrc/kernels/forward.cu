@@ -33,17 +33,14 @@ namespace {
 // running statistics after that, and a block that came late would see the moved ones.
 template <typename Real>
 struct ChannelState {
-  Real pivot;
   Real weight;
   Real bias;
   Running<Real> running;
 };
 
 template <typename Real>
-__device__ __forceinline__ ChannelState<Real> channel_state(const ForwardParams& params, int c,
-                                                            Real pivot) {
-  return {pivot,
-          load_channel(params.weight, c, Real(1)),
+__device__ __forceinline__ ChannelState<Real> channel_state(const ForwardParams& params, int c) {
+  return {load_channel(params.weight, c, Real(1)),
           load_channel(params.bias, c, Real(0)),
           {load_channel(params.running_mean, c, Real(0)),
            load_channel(params.running_std, c, Real(1))}};
@@ -53,18 +50,18 @@ __device__ __forceinline__ ChannelState<Real> channel_state(const ForwardParams&
 template <typename Real>
 __device__ __forceinline__ void move_running(const ForwardParams& params, const Problem& p,
                                              const Workspace& workspace, int c,
-                                             Moments<Real> moments, const ChannelState<Real>& state,
-                                             Real momentum) {
+                                             const PivotedMoments<Real>& all,
+                                             const Running<Real>& running, Real momentum) {
   if (params.running_mean) {
     const Running<Real> next =
-        moved(state.running, moments, state.pivot, static_cast<Real>(params.epsilon), momentum);
+        moved(running, all.moments, all.pivot, static_cast<Real>(params.epsilon), momentum);
     Real* mean =
         static_cast<Real*>(params.skip_nonfinite ? workspace.proposals : params.running_mean);
     Real* std = params.skip_nonfinite ? mean + p.channels : static_cast<Real*>(params.running_std);
     mean[c] = next.mean;
     std[c] = next.std;
   }
-  if (params.skip_nonfinite && !(isfinite(moments.mean) && isfinite(moments.m2)))
+  if (params.skip_nonfinite && !(isfinite(all.moments.mean) && isfinite(all.moments.m2)))
     atomicOr(nonfinite_word(workspace), 1u);
 }
 
@@ -108,6 +105,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
   using Kept = Retained<Slot, kSlots, 1>;
   __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
   __shared__ ChannelState<Real> states[kSlab];
+  __shared__ Real pivots[kSlab];
   __shared__ AffineRows<Real, kSlab> affines;
   __shared__ Step<Real> step;
 
@@ -132,14 +130,12 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     T* y = static_cast<T*>(params.y) + slab_offset;
 
     Real pivot[kChannels];
-    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), pivot);
+    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), p.spatial, pivot);
 
     // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
     const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
     const auto read_state = [&] {
-      const int own = kLayout == Layout::kChannelsFirst ? 0 : thread;
-      if (finishes)
-        states[thread] = channel_state(params, channel0 + thread, load_element(x + own));
+      if (finishes) states[thread] = channel_state<Real>(params, channel0 + thread);
     };
     if (fetched) read_state();
 
@@ -156,12 +152,15 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
       } else {
         load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
       }
+      if (round == 0) {
+        settle_pivots<kLayout>(plan, pivot, pivots);
+        if (!fetched) read_state();
+      }
       if (retained) Kept::keep(plan.retained_place(round), tile);
-      if (round == 0 && !fetched) read_state();
       moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
     }
 
-    Moments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
+    ExactMoments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
     // The block has read the counter. Behind the arrival at the team's barrier, whose release would
     // wait for an atomic before it.
     const auto ask_once = [&] {
@@ -176,19 +175,20 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         const T* tensor = static_cast<const T*>(params.x);
         if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
       };
-      total = team_moments<Slot, kLayout>(total, plan, stride.positions, Slot::kLanes / kChannels,
-                                          channels, walk.team(), walk.rank(), parity, workspace,
-                                          records, fetch_next);
+      total = team_moments<Slot, kLayout>(total.moments, plan, stride.positions,
+                                          Slot::kLanes / kChannels, channels, walk.team(),
+                                          walk.rank(), parity, workspace, records, fetch_next);
     }
     if (finishes) {
       const ChannelState<Real> state = states[thread];
-      total.count = static_cast<Real>(p.reduced());
+      PivotedMoments<Real> all = around_mean(total, pivots[thread]);
+      all.moments.count = static_cast<Real>(p.reduced());
       const ChannelStats<Real> stats = channel_stats(
-          total, state.pivot, static_cast<Real>(params.epsilon), state.running, step.limits);
+          all.moments, all.pivot, static_cast<Real>(params.epsilon), state.running, step.limits);
       affines.write(thread, training_affine(stats, state.weight, state.bias));
       if (walk.rank() == 0) {
         write_stats(params, p.channels, channel0 + thread, stats);
-        move_running(params, p, workspace, channel0 + thread, total, state, step.momentum);
+        move_running(params, p, workspace, channel0 + thread, all, state.running, step.momentum);
       }
     }
     __syncthreads();

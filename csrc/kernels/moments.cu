@@ -38,44 +38,37 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const T* x = static_cast<const T*>(params.x) + walk.slab_offset(p, channel0);
 
     Real pivot[kChannels];
-    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), pivot);
-
-    // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
-    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
-    const auto read_pivot = [&] {
-      if (thread < channels && channel0 + thread < p.channels)
-        pivots[thread] = load_element(x + (kLayout == Layout::kChannelsFirst ? 0 : thread));
-    };
-    if (fetched) read_pivot();
+    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), p.spatial, pivot);
 
     typename Slot::Bits tile[kSlots];
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
       const int left = in_range ? walk.left(piece) : 0;
       Cursor cursor = walk.begin(p, piece);
-      if (fetched) {
+      if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
         Next::take(left, walk, tile);
       } else {
         load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
       }
-      if (round == 0 && !fetched) read_pivot();
+      if (round == 0) settle_pivots<kLayout>(plan, pivot, pivots);
       moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
     }
 
-    Moments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
+    ExactMoments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
     if (plan.team > 1) {
       const auto fetch_next = [&] {
         const T* tensor = static_cast<const T*>(params.x);
         if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
       };
-      total = team_moments<Slot, kLayout>(total, plan, stride.positions, Slot::kLanes / kChannels,
-                                          channels, walk.team(), walk.rank(), parity, workspace,
-                                          records, fetch_next);
+      total = team_moments<Slot, kLayout>(total.moments, plan, stride.positions,
+                                          Slot::kLanes / kChannels, channels, walk.team(),
+                                          walk.rank(), parity, workspace, records, fetch_next);
     }
     if (walk.rank() == 0 && thread < channels && channel0 + thread < p.channels) {
       double* mean = params.message + channel0 + thread;
-      mean[0] = static_cast<double>(pivots[thread]) + static_cast<double>(total.mean);
-      mean[p.channels] = static_cast<double>(total.m2);
+      mean[0] = static_cast<double>(pivots[thread]) + static_cast<double>(total.moments.mean) +
+                static_cast<double>(total.residue);
+      mean[p.channels] = static_cast<double>(total.moments.m2);
     }
     __syncthreads();  // before the next slab's records
   }

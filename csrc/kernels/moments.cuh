@@ -14,8 +14,8 @@ namespace brn {
 // Values that a thread's sums are taken around: the mean of its first slot. Equal values give
 // exactly themselves, because they are added pairwise.
 template <typename Slot, Layout kLayout, typename Real, int kChannels>
-__device__ __forceinline__ void centre_of(const typename Slot::Bits& first,
-                                          Real (&centre)[kChannels]) {
+__device__ __forceinline__ void slot_means(const typename Slot::Bits& first,
+                                           Real (&centre)[kChannels]) {
   Real x[Slot::kLanes];
   Slot::unpack(first, x);
 #pragma unroll
@@ -38,7 +38,7 @@ __device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
     typename Slot::Bits (&tile)[kSlots], int left, const Walk& walk,
     const Real (&pivot)[kChannels]) {
   Real centre[kChannels];
-  centre_of<Slot, kLayout>(tile[0], centre);
+  slot_means<Slot, kLayout>(tile[0], centre);
 
   MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
   int count = 0;
@@ -78,29 +78,33 @@ __device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
 }
 
 // What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
-// records in the same order. While it waits for them it does `meanwhile`.
+// records in the same order, about the mean of the first. While it waits for them it does
+// `meanwhile`.
 template <typename Slot, Layout kLayout, typename Real, typename Meanwhile>
-__device__ __forceinline__ Moments<Real> team_moments(Moments<Real> mine, const Plan& plan,
-                                                      std::int64_t positions, int lanes,
-                                                      int channels, int team, int rank, int parity,
-                                                      const Workspace& workspace,
-                                                      Moments<Real>* records, Meanwhile meanwhile) {
+__device__ __forceinline__ ExactMoments<Real> team_moments(
+    Moments<Real> mine, const Plan& plan, std::int64_t positions, int lanes, int channels, int team,
+    int rank, int parity, const Workspace& workspace, Moments<Real>* records, Meanwhile meanwhile) {
   const Partials<Real> partials(workspace, plan, channels, team, parity);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);
   team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);
 
+  const Real first = partials.first();
   MomentsOf<Real, 1> part = MomentsOf<Real, 1>::empty();
   const auto merge = [&](int r, Real mean, Real m2) {
     const std::int64_t left = positions - r * plan.share;
     MomentsOf<Real, 1> other;
     other.count = static_cast<Real>((left < plan.share ? left : plan.share) * lanes);
-    other.mean[0] = mean;
+    other.mean[0] = mean - first;
     other.m2[0] = m2;
     part.merge(other);
   };
   partials.template for_each<records_ahead(kLayout, Slot::kBytes)>(plan, merge);
-  return block_merge(part, channels, plan.threads, records);
+  ExactMoments<Real> total = block_merge(part, channels, plan.threads, records);
+  const TwoSum<Real> mean = two_sum(first, total.moments.mean);
+  total.moments.mean = mean.sum;
+  total.residue += mean.error;
+  return total;
 }
 
 }  // namespace brn

@@ -19,6 +19,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename Real, int kChannels>
 struct MomentsOf {
   using Record = Moments<Real>;
+  using Total = ExactMoments<Real>;
   static constexpr int kSize = kChannels;
   Real count;
   Real mean[kChannels];
@@ -61,6 +62,7 @@ struct MomentsOf {
 template <typename Real, int kChannels>
 struct SumsOf {
   using Record = Sums<Real>;
+  using Total = Sums<Real>;
   static constexpr int kSize = kChannels;
   Real g[kChannels];
   Real gx[kChannels];
@@ -92,14 +94,48 @@ struct SumsOf {
   }
 };
 
+// What `count` records come to together, `stride` apart.
+template <typename Real>
+__device__ __forceinline__ Sums<Real> total_of(const Sums<Real>* records, int stride, int count) {
+  Sums<Real> total = records[0];
+  for (int g = 1; g < count; ++g) total = merge(total, records[g * stride]);
+  return total;
+}
+
+// About the first one's mean, which is near those of all: merged one by one, each merge would round
+// the mean once more, and divide. dweight has the error of the mean times sum(dy). As in
+// tile_moments(), what m2 loses by cancellation is bounded: by the number of records, 8 at most.
+template <typename Real>
+__device__ __forceinline__ ExactMoments<Real> total_of(const Moments<Real>* records, int stride,
+                                                       int count) {
+  const Real first = records[0].mean;
+  Real values = records[0].count;
+  Real sum = Real(0);
+  Real squares = Real(0);
+  Real m2 = records[0].m2;
+  for (int g = 1; g < count; ++g) {
+    const Moments<Real> m = records[g * stride];
+    const Real delta = m.mean - first;
+    const Real moved = m.count * delta;
+    values += m.count;
+    sum += moved;
+    squares += moved * delta;
+    m2 += m.m2;
+  }
+  const Real further = values > Real(0) ? sum / values : Real(0);
+  const Real between = squares - sum * further;
+  const TwoSum<Real> mean = two_sum(first, further);
+  return {{values, mean.sum, m2 + (between < Real(0) ? Real(0) : between)}, mean.error};
+}
+
 // Returns, in thread c < columns * kSize, what all threads together hold of the slab's channel c.
 // Between two calls, and before `records` is used otherwise, the block has to meet at a barrier.
 // `records` has one place a channel of the slab for each group of threads that reduces by itself
 // first: a warp, or `columns` threads where those are more.
 template <typename Values>
-__device__ __forceinline__ typename Values::Record block_merge(Values values, int columns,
-                                                               int threads,
-                                                               typename Values::Record* records) {
+__device__ __forceinline__ typename Values::Total block_merge(Values values, int columns,
+                                                              int threads,
+                                                              typename Values::Record* records) {
   for (int distance = kWarp / 2; distance >= columns; distance /= 2)
     values.merge(values.from_lane_below(distance));
 
@@ -115,12 +151,8 @@ __device__ __forceinline__ typename Values::Record block_merge(Values values, in
   }
   __syncthreads();
 
-  typename Values::Record total{};
-  if (thread < channels) {
-    total = records[thread];
-    for (int g = 1; g < threads / group_size; ++g)
-      total = merge(total, records[g * channels + thread]);
-  }
+  typename Values::Total total{};
+  if (thread < channels) total = total_of(records + thread, channels, threads / group_size);
   return total;
 }
 

@@ -36,8 +36,8 @@ template <typename Real>
 __device__ __forceinline__ void write_stats(const StepParams& params, std::int64_t channels, int c,
                                             ChannelStats<Real> s) {
   Real* row = static_cast<Real*>(params.stats) + c;
-  row[0 * channels] = s.pivot;
-  row[1 * channels] = s.offset;
+  row[0 * channels] = s.centre;
+  row[1 * channels] = s.residue;
   row[2 * channels] = s.inv_std;
   row[3 * channels] = s.r;
   row[4 * channels] = s.d;

@@ -14,23 +14,15 @@
 
 namespace brn {
 
-// The channel's mean, as the difference that keeps its precision: x - mean = (x - pivot) - offset.
 template <typename Real>
-struct Centre {
-  Real pivot;
-  Real offset;
-};
-
-template <typename Real>
-__device__ __forceinline__ Centre<Real> centre_of(const void* stats, std::int64_t channels, int c) {
-  const Real* row = static_cast<const Real*>(stats) + c;
-  return {row[0], row[channels]};
+__device__ __forceinline__ Real centre_of(const void* stats, int c) {
+  return static_cast<const Real*>(stats)[c];
 }
 
 template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels>
-__device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
-    typename Slot::Bits (&x_tile)[kSlots], typename Slot::Bits (&dy_tile)[kSlots],
-    const Centre<Real> (&centre)[kChannels]) {
+__device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(typename Slot::Bits (&x_tile)[kSlots],
+                                                             typename Slot::Bits (&dy_tile)[kSlots],
+                                                             const Real (&centre)[kChannels]) {
   SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
 #pragma unroll
   for (int v = 0; v < kSlots; ++v) {  // a slot that does not exist holds dy = 0 and adds nothing
@@ -45,7 +37,7 @@ __device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(
     for (int i = 0; i < Slot::kLanes; ++i) {
       const int k = channel_of<kLayout>(i);
       slot.g[k] += dy[i];
-      slot.gx[k] += dy[i] * ((x[i] - centre[k].pivot) - centre[k].offset);
+      slot.gx[k] += dy[i] * (x[i] - centre[k]);
     }
     sums.merge(slot);
   }

@@ -79,7 +79,8 @@ def outcome(emulator: Emulator, which: Pass, problem: Problem, plan, data) -> di
         got["stats"] = got["stats"][2:]
         names = ("y", "stats", "running_mean", "running_std", "num_batches_tracked")
     else:
-        rows = (want["pivot"], want["mean"] - want["pivot"], want["inv_std"], want["r"], want["d"])
+        centre = want["mean"].astype(np.float32)
+        rows = (centre, want["mean"] - centre, want["inv_std"], want["r"], want["d"])
         stats = np.array(rows).astype(np.float32)
         got = emulator.backward(
             problem, data["dy"], data["x"], weight=data["weight"], stats=stats, plan=plan

@@ -73,7 +73,6 @@ def forward(
             "inv_std": inv_std,
             "r": r,
             "d": d,
-            "pivot": x[0, :, 0],
         }
         keep = skip_nonfinite and not np.isfinite(x).all()
         if running_mean is not None:
