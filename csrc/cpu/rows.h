@@ -107,13 +107,22 @@ struct ColumnMoments {
     LaneMoments<T> moments{static_cast<Real>(height),
                            (first - load_reals<T>(pivot + column)) + step,
                            deviations.products - deviations.values * step};
-    if (row > 0) {
-      moments =
-          merge({static_cast<Real>(row), load_lanes<T>(mean + place), load_lanes<T>(m2 + place)},
-                moments);
-    }
+    if (row > 0) moments = merge(at(row, place), moments);
     store_lanes(mean + place, moments.mean);
     store_lanes(m2 + place, moments.m2);
+  }
+
+  // `height` rows after the first `row`, around the same pivots.
+  BRN_LANES void add(std::int64_t row, std::int64_t height, const ColumnMoments& rows,
+                     std::int64_t width) const {
+    for (std::int64_t place = 0; place < width; place += kLanes<T>) {
+      const LaneMoments<T> moments = merge(at(row, place), rows.at(height, place));
+      store_lanes(mean + place, moments.mean);
+      store_lanes(m2 + place, moments.m2);
+    }
+  }
+  BRN_LANES LaneMoments<T> at(std::int64_t rows, std::int64_t place) const {
+    return {static_cast<Real>(rows), load_lanes<T>(mean + place), load_lanes<T>(m2 + place)};
   }
 
   BRN_LANES void spread(std::int64_t width) const {
