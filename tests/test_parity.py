@@ -103,7 +103,9 @@ def with_mistake(mistake: str):
             )
             return ((wide - column(running_mean)) * column(weight / std) + column(bias)).to(x.dtype)
 
-        pivot = wide.detach().transpose(0, 1).flatten(1)[:, 0]
+        pivot = wide.detach().mean(dims)
+        if mistake == "a pivot far from the mean":
+            pivot = pivot + wide.detach().std(dims)
         around = wide - column(pivot)
         seen = around[:-1] if mistake == "last example not reduced" else around
         offset = seen.mean(dims)
@@ -162,6 +164,7 @@ MISTAKES = [
     "eps again in inference",
     "last example not reduced",
     "E[x^2] - E[x]^2",
+    "a pivot far from the mean",
     "unbiased variance",
     "no projection",
     "momentum the other way round",

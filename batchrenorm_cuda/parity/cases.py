@@ -31,6 +31,7 @@ class Case:
     dy_form: str = "contiguous"
     mean: float = 0.0
     std: float = 1.0
+    dy_mean: float = 0.0  # of dy, whose values are this + normal
     poke: str = ""  # what is done to channel 0: see tensors.POKES
     running: str = "near"  # moving statistics before the call: see tensors.RUNNING
     weight: bool = True
@@ -61,6 +62,8 @@ class Case:
 
 _PAPER = (5000.0, 3.0, 40000.0, 5.0, 25000.0)
 _INF = float("inf")
+# Without d, which would be most of dweight. In float64 the truth itself is no better there.
+_SHIFTED_DY = {"limits": (3.0, 0.0), "dtypes": (torch.float32, torch.float16, torch.bfloat16)}
 
 SHAPES = [
     Case("2-D", (64, 48), "(N, C): rows of channels", quick=True),
@@ -222,6 +225,49 @@ VALUES = [
         (16, 6, 12, 12),
         "squares of float32 are far from overflow, sums of float16 are not",
         std=1e4,
+    ),
+    Case(
+        "dy of mean 3",
+        (16, 6, 48, 48),
+        "dweight has the error of the mean of x times the sum of dy",
+        large=(32, 64, 56, 56),
+        dy_mean=3.0,
+        **_SHIFTED_DY,
+        quick=True,
+    ),
+    Case(
+        "dy of mean 3, mean 1 std",
+        (16, 6, 48, 48),
+        "a mean near 0 is rounded finely, one of 1 is not",
+        large=(32, 64, 56, 56),
+        mean=1.0,
+        dy_mean=3.0,
+        **_SHIFTED_DY,
+    ),
+    Case(
+        "dy of mean 3, channels_last",
+        (16, 24, 48, 48),
+        "the same in rows of channels",
+        large=(32, 64, 56, 56),
+        form="channels_last",
+        dy_mean=3.0,
+        **_SHIFTED_DY,
+    ),
+    Case(
+        "dy of mean 3, short planes",
+        (32, 8, 14, 14),
+        "the same with less to average over",
+        large=(64, 1024, 14, 14),
+        dy_mean=3.0,
+        **_SHIFTED_DY,
+    ),
+    Case(
+        "dy of mean 3, 2-D",
+        (4096, 24),
+        "the same down the columns",
+        mean=1.0,
+        dy_mean=3.0,
+        **_SHIFTED_DY,
     ),
     Case(
         "constant channel",

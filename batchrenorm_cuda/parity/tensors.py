@@ -100,7 +100,8 @@ def make(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
     elif case.poke in ("nan", "inf"):
         x[-1, 0].view(-1)[-1] = float(case.poke)
     x = FORMS[case.form](x.to(dtype))
-    dy = FORMS[case.dy_form](torch.randn(shape, generator=generator).to(device, dtype))
+    dy = torch.randn(shape, generator=generator) + case.dy_mean
+    dy = FORMS[case.dy_form](dy.to(device, dtype))
 
     weight, bias = 1.0 + 0.5 * normal(channels), normal(channels)
     if case.poke == "zero weight":
