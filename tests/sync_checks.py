@@ -403,6 +403,20 @@ def checkpointing_repeats_without_exchanging(rank: Rank) -> None:
             assert torch.equal(p.grad, q.grad)
 
 
+def checkpointing_with_other_buffers_is_an_error(rank: Rank) -> None:
+    """And exchanges nothing: a rank that waited for one would hang the others."""
+    shares = shares_of(rank.world)[1]
+    whole, dy = draw(shares, (3,))
+    layer = prepared(SyncBatchRenorm)
+    y = checkpoint(layer, mine(rank, whole, shares).requires_grad_(), use_reentrant=False)
+    layer.float().double()
+    before = {name: t.clone() for name, t in layer.named_buffers()}
+    with counted() as counts, pytest.raises(RuntimeError, match="no record of what it did"):
+        y.backward(mine(rank, dy, shares))
+    assert counts == {"gather": 0, "reduce": 0}
+    assert all(torch.equal(t, before[name]) for name, t in layer.named_buffers())
+
+
 def compiled_it_is_the_same(rank: Rank) -> None:
     """There is a graph break around the layer; what is left and right of it is compiled."""
     shares = shares_of(rank.world)[1]
