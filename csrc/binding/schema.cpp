@@ -2,7 +2,7 @@
 //
 // x, y, dy, dx: [N, C, ...], float32, float16, bfloat16 or float64. Every tensor of C values, and
 // stats [5, C], is float32 (float64 for a float64 x). stats is what backward needs of a forward:
-// rows pivot, mean - pivot, 1 / std, r, d.
+// rows centre (near the mean), mean - centre, 1 / std, r, d.
 #include <torch/csrc/stable/library.h>
 
 // Moving statistics and the step counter are mutated, so the schema says so; no output aliases an

@@ -212,15 +212,21 @@ BRN_HD Renorm<Real> renorm(Real mean_minus_running, Real std, Real running_std, 
 }
 
 // Algorithm 1 for one channel up to the normalisation: moments around the pivot -> statistics, r
-// and d.
+// and d. `further` is what the moments' mean lacks.
 template <typename Real>
 BRN_HD ChannelStats<Real> channel_stats(Moments<Real> m, Real pivot, Real epsilon,
-                                        Running<Real> running, Limits<Real> l) {
+                                        Running<Real> running, Limits<Real> l,
+                                        Real further = Real(0)) {
   const Real std = batch_std(m, epsilon);
-  // Equal values are their own centre, so that x - centre is 0.
-  const Centre<Real> mean = centred(two_sum(pivot, m.mean), m.m2 > Real(0) ? std : Real(0));
-  const Renorm<Real> c = renorm((mean.centre - running.mean) + mean.residue, std, running.std, l);
-  return {mean.centre, mean.residue, reciprocal(std), c.r, c.d};
+  const Real inv_std = reciprocal(std);
+  // The standard deviation without eps, or less where eps decides: it says nothing of the values,
+  // and a grid too wide for them leaves the mean to the residue. Of equal values 0, which makes
+  // them their own centre.
+  TwoSum<Real> mean = two_sum(pivot, m.mean);
+  mean.error += further;
+  const Centre<Real> c = centred(mean, m.m2 / m.count * inv_std);
+  const Renorm<Real> by = renorm((c.centre - running.mean) + c.residue, std, running.std, l);
+  return {c.centre, c.residue, inv_std, by.r, by.d};
 }
 
 // The moving averages after this batch. The average is taken of the standard deviation, as in the
@@ -254,8 +260,7 @@ BRN_HD Affine<Real> inference_affine(Running<Real> running, Real weight, Real bi
 // Inference seen as a training step with the moving statistics: what its backward pass needs.
 template <typename Real>
 BRN_HD ChannelStats<Real> inference_stats(Running<Real> running) {
-  const Centre<Real> mean = centred<Real>({running.mean, Real(0)}, running.std);
-  return {mean.centre, mean.residue, reciprocal(running.std), Real(1), Real(0)};
+  return {running.mean, Real(0), reciprocal(running.std), Real(1), Real(0)};
 }
 
 template <typename Real>

@@ -20,7 +20,7 @@ template <typename T>
 struct Forward : MomentsReduction<T> {
   using Real = RealOf<T>;
   using Reduction = MomentsReduction<T>;
-  using Reduction::kM2, Reduction::kMean, Reduction::problem, Reduction::x;
+  using Reduction::kM2, Reduction::kMean, Reduction::kMeanError, Reduction::problem, Reduction::x;
   enum Fact { kPivot = Reduction::kPivot, kCentre, kScale, kShift, kFacts };
 
   const ForwardParams& params;
@@ -38,6 +38,7 @@ struct Forward : MomentsReduction<T> {
     for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
       const std::int64_t c = slab.channel + w;
       const Values mean = Values::load(total[kMean] + w, n);
+      const Values mean_error = Values::load(total[kMeanError] + w, n);
       const Values m2 = Values::load(total[kM2] + w, n);
       const Values pivot = Values::load(facts[kPivot] + w, n);
       const Values weight = Values::load(at<Real>(params.weight, c), n, Real(1));
@@ -50,7 +51,8 @@ struct Forward : MomentsReduction<T> {
       for (std::int64_t k = 0; k < n; ++k) {
         const Moments<Real> moments{count, mean[k], m2[k]};
         const Running<Real> running{running_mean[k], running_std[k]};
-        const ChannelStats<Real> s = channel_stats(moments, pivot[k], epsilon, running, limits);
+        const ChannelStats<Real> s =
+            channel_stats(moments, pivot[k], epsilon, running, limits, mean_error[k]);
         const Affine<Real> affine = training_affine(s, weight[k], bias[k]);
         const Running<Real> next = moved(running, moments, pivot[k], epsilon, momentum);
         stats.set(k, s);

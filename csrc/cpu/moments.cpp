@@ -18,8 +18,9 @@ struct RankMoments : MomentsReduction<T> {
     double* mean = message + slab.channel;
     double* m2 = mean + this->problem.channels;
     for (std::int64_t w = 0; w < slab.width; ++w) {
-      mean[w] =
-          static_cast<double>(facts[kPivot][w]) + static_cast<double>(total[Reduction::kMean][w]);
+      mean[w] = static_cast<double>(facts[kPivot][w]) +
+                static_cast<double>(total[Reduction::kMean][w]) +
+                static_cast<double>(total[Reduction::kMeanError][w]);
       m2[w] = static_cast<double>(total[Reduction::kM2][w]);
     }
   }

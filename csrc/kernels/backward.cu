@@ -37,8 +37,8 @@ __device__ __forceinline__ ChannelStats<Real> stats_of(const BackwardParams& par
 }
 
 template <typename Real>
-__device__ __forceinline__ Real centre_of(const BackwardParams& params, const Problem& p, int c) {
-  if (!params.stats) return stats_of<Real>(params, p, c).centre;
+__device__ __forceinline__ Real centre_of(const BackwardParams& params, int c) {
+  if (!params.stats) return static_cast<const Real*>(params.running_mean)[c];
   return brn::centre_of<Real>(params.stats, c);
 }
 
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     Real centre[kChannels];
 #pragma unroll
     for (int k = 0; k < kChannels; ++k)
-      centre[k] = centre_of<Real>(params, p, in_range ? channel0 + mine + k : channel0);
+      centre[k] = centre_of<Real>(params, in_range ? channel0 + mine + k : channel0);
 
     // Waited for together with the tiles, not behind the team's barrier: before a wait for copies,
     // behind the loads otherwise.
