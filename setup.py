@@ -121,15 +121,8 @@ class Build(build_ext):
             libraries += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -ldl -lpthread"
         jobs, cxx = int(os.environ.get("MAX_JOBS") or os.cpu_count()), os.environ.get("CXX", "c++")
         out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}-{nvcc or 'cpu'}")
-        text = NINJA.format(
-            out=out,
-            cxx=cxx,
-            flags=flags,
-            libraries=libraries,
-            cuda=cuda,
-            gencode=" ".join(map(gencode, arches)),
-            threads=max(1, jobs // 3),
-        )
+        text = NINJA.format(out=out, cxx=cxx, flags=flags, libraries=libraries, cuda=cuda,
+                            gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
         about = f"-DBRN_VERSION={self.distribution.get_version()} -DBRN_TORCH={torch_version}"
         about += f" -DBRN_NVCC={nvcc} -DBRN_ARCHITECTURES={','.join(arches)}"
         sources = BINDING + CPU + (CUDA if cuda else NO_CUDA)

@@ -54,7 +54,7 @@ def _count_clipping(
     log_r_excess = log_r - r.log().abs()
     d_excess = wanted_d - d.abs()
     r_clipped = log_r_excess > _ROUNDING
-    d_clipped = d_excess > _ROUNDING * (1 + (shift.abs()) / std)
+    d_clipped = d_excess > _ROUNDING * (1 + shift.abs() / std)
     rows = torch.stack(
         [
             torch.ones_like(r),
