@@ -219,11 +219,11 @@ BRN_HD ChannelStats<Real> channel_stats(Moments<Real> m, Real pivot, Real epsilo
                                         Real further = Real(0)) {
   const Real std = batch_std(m, epsilon);
   const Real inv_std = reciprocal(std);
-  // The standard deviation without eps, or less where eps decides: it says nothing of the values,
-  // and a grid too wide for them leaves the mean to the residue. Of equal values 0, which makes
-  // them their own centre.
   TwoSum<Real> mean = two_sum(pivot, m.mean);
   mean.error += further;
+  // The standard deviation without eps, or less where eps decides: eps says nothing of the values,
+  // and a grid too wide for them leaves the mean to the residue. Of equal values 0, which makes
+  // them their own centre.
   const Centre<Real> c = centred(mean, m.m2 / m.count * inv_std);
   const Renorm<Real> by = renorm((c.centre - running.mean) + c.residue, std, running.std, l);
   return {c.centre, c.residue, inv_std, by.r, by.d};
