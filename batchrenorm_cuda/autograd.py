@@ -48,6 +48,15 @@ def _training_gradients(ctx: Any, dy: Tensor) -> Gradients:
     return dx if need[0] else None, dweight if need[1] else None, dbias if need[2] else None, None
 
 
+def _entered_at_backward(function: type[Function]) -> type[Function]:
+    """Its node calls backward. By itself torch's calls a wrapper in Python, which finds out anew
+    each time whether backward or vjp is there to be called: 4 us of the 33 of a backward pass of
+    (4, 8), nn.BatchNorm1d 26 (AMD EPYC, Zen 3)."""
+    function._backward_cls.apply = function.backward
+    return function
+
+
+@_entered_at_backward
 class Training(Function):
     """A training step.
 
@@ -71,6 +80,7 @@ class Training(Function):
     backward = staticmethod(_training_gradients)
 
 
+@_entered_at_backward
 class RecordedTraining(Function):
     """A training step whose stats `keep` is called with, before anything is saved."""
 
@@ -94,6 +104,7 @@ class RecordedTraining(Function):
         return *_training_gradients(ctx, dy), None
 
 
+@_entered_at_backward
 class RepeatedTraining(Function):
     """A training step with the stats of an earlier one: statistics are not taken again, and nothing
     moves."""
@@ -116,6 +127,7 @@ class RepeatedTraining(Function):
         return *_training_gradients(ctx, dy), None
 
 
+@_entered_at_backward
 class Inference(Function):
     @staticmethod
     def forward(
