@@ -272,7 +272,7 @@ VALUES = [
     ),
     Case(
         "dy of mean 3, wide rows",
-        (32, 256, 14, 14),
+        (16, 512, 14, 14),
         "rows of which the CPU's caches hold few",
         form="channels_last",
         dy_mean=3.0,
