@@ -20,9 +20,11 @@ from .derivatives import BatchStatistics, Derivatives, MovingStatistics
 
 Gradients = tuple[Tensor | None, ...]
 
+_is_grad_enabled = torch.is_grad_enabled
+
 
 def wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
+    return _is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
@@ -40,7 +42,7 @@ def _needed(ctx: Any, gradients: Gradients) -> Gradients:
 def _training_gradients(ctx: Any, dy: Tensor) -> Gradients:
     """Of x, weight and bias, and None for what comes after them."""
     x, weight, stats = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True
+    if _is_grad_enabled():  # create_graph=True
         dx, dweight, dbias = TrainingBackward.apply(dy, x, weight, stats, ctx.eps)
     else:
         dx, dweight, dbias = _ops.backward(dy, x, weight, stats)

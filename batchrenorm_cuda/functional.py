@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from . import _ops, checkpoint
 from .arguments import HALVES, check_arguments, check_constants
@@ -31,6 +30,7 @@ from .repeats import InferenceRepeat, TrainingRepeat, seen_to
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_jit_tracing = torch._C._is_tracing
 _is_compiling = torch.compiler.is_compiling
+_increment_version = torch._C._increment_version
 
 
 def batch_renorm(
@@ -132,14 +132,21 @@ def normalise(
         check_arguments(x, weight, bias, training, *step[:8])
         return _traced(x, _wide(weight, x), _wide(bias, x), training, step, clipping)
     try:
-        # Two calls less for what is nearly always so.
-        weight_ = weight if weight is None or weight.dtype not in HALVES else _wide(weight, x)
-        bias_ = bias if bias is None or bias.dtype not in HALVES else _wide(bias, x)
+        # Calls less for what is nearly always so.
+        weight_ = weight if weight is None or weight.dtype is torch.float32 else _wide(weight, x)
+        bias_ = bias if bias is None or bias.dtype is torch.float32 else _wide(bias, x)
         if _transforms_are_active() or forward_ad._current_level >= 0:
             return _transformed(x, weight_, bias_, training, step)
-        if training:
-            return _trained(x, weight_, bias_, step, clipping, layer)
-        return _inferred(x, weight_, bias_, step)
+        if not training:
+            return _inferred(x, weight_, bias_, step)
+        ordinary = clipping is None and step[0] is not None
+        if ordinary and not (_is_jit_tracing() or checkpoint.may_repeat()):
+            if wants_gradient(x, weight_, bias_):
+                # As below, in two calls less: 1.5% of a training step of (4, 8).
+                y = apply_training(x, weight_, bias_, step)
+                _increment_version(step[:2])
+                return y
+        return _trained(x, weight_, bias_, step, clipping, layer)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         # Bad arguments are refused below, cheaply and before anything changes; this names the one.
         check_arguments(x, weight, bias, training, *step[:8])
@@ -189,7 +196,7 @@ def _step(
             keep(stats)
     if step[0] is not None:
         # Autograd's own check that what inference has saved for its backward is still what it was.
-        increment_version(step[:2])
+        _increment_version(step[:2])
     return y
 
 
