@@ -29,9 +29,16 @@ def _require_number(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
+def _require_dense(t: Any, name: str) -> None:
+    _require_tensor(t, name)
+    if t.layout != torch.strided or t.is_nested:
+        kind = "a nested tensor" if t.is_nested else t.layout
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
 def _require(t: Any, x: Tensor, name: str, length: int, dtypes: tuple) -> None:
     """A vector of this length on the device of x."""
-    _require_tensor(t, name)
+    _require_dense(t, name)
     if t.dim() != 1 or t.size(0) != length:
         raise ValueError(
             f"{name} must have shape ({length},) for x of shape {tuple(x.shape)}, "
@@ -97,7 +104,7 @@ def check_arguments(
 ) -> None:
     """Raises the ValueError or TypeError that these arguments of batch_renorm deserve, if any.
     `synchronised`: other processes have more of the batch."""
-    _require_tensor(x, "x")
+    _require_dense(x, "x")
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.dim() < 2:

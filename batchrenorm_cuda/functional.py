@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 from . import _ops, checkpoint
 from .arguments import HALVES, check_arguments, check_constants
@@ -99,6 +100,15 @@ def batch_renorm(
         ValueError, TypeError: naming the argument and what it got, before anything has changed. One
             value per channel is refused in training.
     """
+    if type(x) is not Tensor and isinstance(x, Proxy):  # torch.fx records it as F.batch_norm
+        given = (x, running_mean, running_std, weight, bias, training, momentum, eps, r_max, d_max)
+        options = {
+            "num_batches_tracked": num_batches_tracked,
+            "schedule": schedule,
+            "skip_nonfinite": skip_nonfinite,
+            "clipping": clipping,
+        }
+        return x.tracer.create_proxy("call_function", batch_renorm, given, options)
     check_constants(running_mean=running_mean, running_std=running_std)
     if running_mean is None and momentum is None:
         momentum = 0.0  # nothing is averaged, so nothing is to be counted

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.fx.proxy import TraceError
 from torch.nn import init
 from torch.nn.parameter import is_lazy
 
@@ -211,6 +212,11 @@ class _BatchRenorm(nn.Module):
         if type(input) is not Tensor or input.dim() not in self._dims:
             if isinstance(input, Proxy):  # torch.fx takes modules of torch.nn alone for leaves
                 tracer = input.tracer
+                if tracer.root is self:
+                    raise TraceError(
+                        f"a {type(self).__name__} cannot be traced by itself, since it is a leaf: "
+                        "trace torch.nn.Sequential(layer)"
+                    )
                 return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
             self._check_input_dim(input)
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. What is not

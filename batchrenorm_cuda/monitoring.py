@@ -72,12 +72,19 @@ class ClippingMonitor:
     def read(self) -> dict[str, Clipping]:
         """What was clipped since the start or the last reset, by the name of the layer. Waits for
         the device."""
+        for name, layer in self._layers.items():
+            if not isinstance(layer, _BatchRenorm):
+                raise ValueError(
+                    f"{name or 'model'} must be a Batch Renorm to be read, got a "
+                    f"{type(layer).__name__}, folded since: read before fold"
+                )
         return {name: layer.read_clipping() for name, layer in self._layers.items()}
 
     def reset(self) -> None:
         """Starts over. In place: captured CUDA graphs go on counting."""
         for layer in self._layers.values():
-            layer.reset_clipping()
+            if isinstance(layer, _BatchRenorm):
+                layer.reset_clipping()
 
     def close(self) -> None:
         """Ends the counting in all layers that were not monitored before, and that no other monitor

@@ -16,6 +16,8 @@ _STEPS = ("warmup_steps", "r_max_step", "d_max_step")
 # of infinities, as torch's AveragedModel makes of buffers, is inf - inf.
 _NO_LIMIT = torch.finfo(torch.float32).max
 
+_MOST_STEPS = 2**62  # num_batches_tracked holds twice that, and a float64 exactly that
+
 
 @dataclass(frozen=True, repr=False)
 class RenormSchedule:
@@ -63,6 +65,7 @@ class RenormSchedule:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             # numpy's numbers overflow, and do not read well.
             plain = int(value) if isinstance(value, Integral) else float(value)
+            _require_countable(plain, name)
             object.__setattr__(self, name, plain)
         if not (0 <= self.warmup_steps < math.inf):
             raise ValueError(f"warmup_steps must be finite and >= 0, got {self.warmup_steps}")
@@ -120,7 +123,7 @@ class RenormSchedule:
         values = dict(zip(names, schedule.tolist(), strict=True))
         for name in _STEPS:
             values[name] /= steps_per_update
-            if values[name].is_integer():
+            if values[name].is_integer() and values[name] <= _MOST_STEPS:
                 values[name] = int(values[name])
         for name in ("r_max", "d_max"):
             if values[name] >= _NO_LIMIT:
@@ -160,6 +163,15 @@ def require_steps_per_update(value: Any, name: str = "steps_per_update") -> None
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
+    _require_countable(value, name)
+
+
+def _require_countable(value: Any, name: str) -> None:
+    """As many batches as num_batches_tracked can count."""
+    if isinstance(value, Integral) and value > _MOST_STEPS:
+        raise ValueError(
+            f"{name} must be at most {_MOST_STEPS}, got 2**{int(value).bit_length() - 1} or more"
+        )
 
 
 def _ramp(step: float, start: float, end: float, first: float, last: float) -> float:

@@ -422,8 +422,11 @@ def test_conversions_end_it():
 
 def test_a_model_folded_in_the_context_can_leave_it():
     model = nn.Sequential(layer_of(), layer_of())
-    with monitor_clipping(model):
+    with monitor_clipping(model) as monitor:
         fold(model, skip="1")
+        with pytest.raises(ValueError, match="0 must be a Batch Renorm .* BatchNorm1d, folded"):
+            monitor.read()
+        monitor.reset()
     assert not model[1].monitors_clipping
 
 

@@ -17,6 +17,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.fx.proxy import TraceError
 from torch.utils.checkpoint import checkpoint
 
 from batchrenorm_cuda import (
@@ -26,6 +27,7 @@ from batchrenorm_cuda import (
     LazyBatchRenorm2d,
     RenormSchedule,
     SyncBatchRenorm,
+    batch_renorm,
     convert,
     fold,
 )
@@ -252,6 +254,33 @@ def test_torch_fx_takes_the_layer_for_a_leaf(training):
     torch.testing.assert_close(steps_of(traced, traced), steps_of(twin, twin))
     assert traced.state_dict().keys() == twin.state_dict().keys()
     assert traced.get_submodule("2").num_batches_tracked == (6 if training else 3)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return batch_renorm(x * 2, self.mean, self.std, self.weight, training=True, r_max=2.0)
+
+
+def test_torch_fx_records_the_function():
+    """As it does F.batch_norm, with what the call was given."""
+    model = Functional()
+    twin = copy.deepcopy(model)
+    traced = torch.fx.symbolic_trace(model)
+    assert batch_renorm in [node.target for node in traced.graph.nodes]
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(traced(x), twin(x), rtol=0, atol=0)
+    assert torch.equal(traced.std, twin.std) and not torch.equal(traced.std, torch.ones(3))
+
+
+def test_torch_fx_does_not_trace_a_leaf_by_itself():
+    with pytest.raises(TraceError, match=r"a BatchRenorm1d cannot be traced by itself.*Sequential"):
+        torch.fx.symbolic_trace(BatchRenorm1d(3))
 
 
 def test_bad_arguments_do_not_export():

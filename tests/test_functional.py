@@ -292,6 +292,9 @@ BAD = [
     ({"x": torch.ones(6, 3, dtype=torch.bool)}, TypeError, "x must be .* got torch.bool"),
     ({"x": torch.tensor(1.0)}, ValueError, r"x must have shape \[N, C, ...\], got \(\)"),
     ({"x": torch.ones(3)}, ValueError, r"x must have shape \[N, C, ...\], got \(3,\)"),
+    ({"x": torch.ones(6, 3).to_sparse()}, TypeError, "x must be a dense .* got torch.sparse_coo"),
+    ({"x": torch.ones(6, 3).to_mkldnn()}, TypeError, "x must be a dense tensor, got torch._mkldnn"),
+    ({"weight": torch.ones(3).to_sparse()}, TypeError, "weight must be a dense tensor, got"),
     ({"x": torch.ones(6, 0)}, ValueError, r"x must have at least one channel, got shape \(6, 0\)"),
     ({"x": torch.ones(6, 4)}, ValueError, r"running_mean must have shape \(4,\) .* got \(3,\)"),
     ({"x": torch.ones(1, 3)}, ValueError, r"more than one value per channel .* \(1, 3\)"),
@@ -358,7 +361,8 @@ BAD = [
 @pytest.mark.parametrize(("changed", "error", "message"), BAD, ids=lambda v: str(v)[:60])
 def test_bad_arguments_are_named_and_change_nothing(changed, error, message, differentiable):
     given = arguments(**changed)
-    tensors = [t for t in given.values() if isinstance(t, torch.Tensor) and not t.is_meta]
+    tensors = [t for t in given.values() if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tensors if not t.is_meta and t.layout == torch.strided]
     before = [t.clone() for t in tensors]
     with torch.set_grad_enabled(differentiable), pytest.raises(error, match=message) as raised:
         if differentiable and isinstance(given["bias"], torch.Tensor):

@@ -60,6 +60,12 @@ def test_limits_may_jump_and_be_infinite():
         ({"d_max": torch.tensor(1.0)}, TypeError, "d_max must be a number"),
         ({"warmup_steps": True}, TypeError, "warmup_steps must be a number"),
         ({"steps_per_update": 0}, ValueError, "steps_per_update must be >= 1, got 0"),
+        (
+            {"steps_per_update": 10**400},
+            ValueError,
+            r"steps_per_update must be at most .* 2\*\*1328 or more",
+        ),
+        ({"r_max_step": 2**63}, ValueError, r"r_max_step must be .* got 2\*\*63 or more"),
         ({"steps_per_update": 1.5}, TypeError, "steps_per_update must be a whole number, got 1.5"),
     ],
 )
@@ -75,6 +81,7 @@ def test_a_bad_schedule_names_its_argument(arguments, error, message):
         RenormSchedule.constant(INF, 0.0),
         RenormSchedule(0.5, 2, 1.5, 3, 4),
         RenormSchedule(500, INF, 4000, 5.0, 2500, steps_per_update=6),
+        RenormSchedule(2**62, 3.0, 1e200, 5.0, 1e200),  # never
     ],
 )
 def test_a_schedule_survives_its_tensor_and_its_repr(schedule):
