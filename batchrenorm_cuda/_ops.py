@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
@@ -17,6 +18,13 @@ from torch import Tensor
 try:
     from . import _C  # noqa: F401  registers the operators
 except ImportError as error:
+    _package = Path(__file__).parent
+    if (_package.parent / "setup.py").is_file() and not any(_package.glob("_C.*.so")):
+        raise ImportError(
+            f"batchrenorm_cuda is imported from its source tree, {_package.parent}, where it has "
+            "not been built. Build it there, pip install --no-build-isolation -e ., or, if it is "
+            "installed, run from another directory"
+        ) from error
     raise ImportError(
         f"the compiled part of batchrenorm_cuda does not load ({error}). Build it in the source "
         "tree, where the torch that it is to run with is installed: "

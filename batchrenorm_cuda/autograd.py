@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import _ops
 from .derivatives import BatchStatistics, Derivatives, MovingStatistics
@@ -21,14 +21,23 @@ from .derivatives import BatchStatistics, Derivatives, MovingStatistics
 Gradients = tuple[Tensor | None, ...]
 
 _is_grad_enabled = torch.is_grad_enabled
+_transforms_are_active = torch._C._are_functorch_transforms_active
 
 
 def wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    return _is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
+    if not _is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
+    wants = (weight is not None and weight.requires_grad) or (
+        bias is not None and bias.requires_grad
     )
+    if wants and x.is_inference():  # which autograd would find when statistics have moved
+        raise ValueError(
+            "x must be kept for the gradient of weight or bias, and an inference tensor cannot be: "
+            "call x.clone() outside of torch.inference_mode()"
+        )
+    return wants
 
 
 def _needed(ctx: Any, gradients: Gradients) -> Gradients:
@@ -39,11 +48,30 @@ def _needed(ctx: Any, gradients: Gradients) -> Gradients:
     return (*found, *[None] * (len(need) - len(found)))
 
 
+def is_differentiated() -> bool:
+    """Whether a backward pass is: by create_graph=True, or in forward mode."""
+    return _is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_are_active()
+
+
+def drops_graphs(dy: Tensor) -> bool:
+    """Whether dy is a batch of the vmap under is_grads_batched=True and torch.autograd.functional's
+    vectorize=True. It runs the forward of a Function alone, and what that gives has no graph."""
+    return (
+        _is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.is_legacy_batchedtensor(dy)
+    )
+
+
 def _training_gradients(ctx: Any, dy: Tensor) -> Gradients:
     """Of x, weight and bias, and None for what comes after them."""
     x, weight, stats = ctx.saved_tensors
-    if _is_grad_enabled():  # create_graph=True
-        dx, dweight, dbias = TrainingBackward.apply(dy, x, weight, stats, ctx.eps)
+    if is_differentiated():
+        if drops_graphs(dy):
+            at = Derivatives(BatchStatistics(x, ctx.eps), weight, stats[3], stats[4])
+            dx, dweight, dbias = at.gradients(dy)
+        else:
+            dx, dweight, dbias = TrainingBackward.apply(dy, x, weight, stats, ctx.eps)
     else:
         dx, dweight, dbias = _ops.backward(dy, x, weight, stats)
     need = ctx.needs_input_grad
@@ -145,8 +173,11 @@ class Inference(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        if torch.is_grad_enabled():
-            dx, dweight, dbias = InferenceBackward.apply(dy, *ctx.saved_tensors)
+        if is_differentiated():
+            if drops_graphs(dy):
+                dx, dweight, dbias = _inference_derivatives(*ctx.saved_tensors).gradients(dy)
+            else:
+                dx, dweight, dbias = InferenceBackward.apply(dy, *ctx.saved_tensors)
         else:
             dx, dweight, dbias = _ops.inference_backward(dy, *ctx.saved_tensors)
         need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad

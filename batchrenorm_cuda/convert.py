@@ -5,6 +5,7 @@ Layers stay the objects they are; swap.py says how. This file says what of a Bat
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .arguments import HALVES, check_flags, check_numbers
 from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d, _LazyBatchRenorm
-from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm, _require_schedule
+from .modules import (
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    _BatchRenorm,
+    _require_schedule,
+    layers_of,
+)
 from .schedule import RenormSchedule
 from .swap import BUFFERS, Change, Report, Skip, class_of, like, swap_layers
 from .sync import LazySyncBatchRenorm, SyncBatchRenorm, check_group
@@ -103,6 +111,21 @@ def convert(
     check_flags(from_now=from_now, skip_nonfinite=skip_nonfinite)
     if momentum != "keep":
         check_numbers(momentum=momentum, eps=0.0)  # type: ignore[arg-type]
+
+    if not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        wanted = schedule, skip_nonfinite, momentum
+        others = 0
+        for m in layers_of(model).values():
+            keeps = momentum == "keep" or m.momentum is None
+            has = m._schedule, m.skip_nonfinite, momentum if keeps else m.momentum
+            others += has != wanted
+        if others and wanted != (RenormSchedule(), False, 0.01):
+            warnings.warn(
+                f"{type(model).__name__} has no BatchNorm to convert, and {others} Batch Renorms "
+                "with other settings than these, which they keep: set_schedule(model, ...) changes "
+                "a schedule",
+                stacklevel=2,
+            )
 
     ties: Ties = {}
 

@@ -105,6 +105,13 @@ class Derivatives:
             ty = ty + column(tbias, x_norm)
         return ty
 
+    def gradients(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the backward operator gives: (dx, dweight, dbias)."""
+        at, g = self.at, _real(dy)
+        dx = self.scale * at.project(g)
+        dweight = self.per_channel(g * (self.r * at.x_norm + self.d))
+        return dx.to(dy.dtype), dweight, self.per_channel(g)
+
     def gradients_of_backward(
         self, dy: Tensor, ddx: Tensor, ddweight: Tensor, ddbias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:

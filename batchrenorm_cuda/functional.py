@@ -109,7 +109,6 @@ def batch_renorm(
             "clipping": clipping,
         }
         return x.tracer.create_proxy("call_function", batch_renorm, given, options)
-    check_constants(running_mean=running_mean, running_std=running_std)
     if running_mean is None and momentum is None:
         momentum = 0.0  # nothing is averaged, so nothing is to be counted
     step = (
@@ -138,10 +137,14 @@ def normalise(
     """What :func:`batch_renorm` does, with what the forward operator takes after bias as a tuple.
     `layer`: the moving mean that repetitions by activation checkpointing are recognised by, if
     those in `step` are copies."""
+    running_mean, running_std, *_ = step
     if _is_compiling():
         check_arguments(x, weight, bias, training, *step[:8])
+        check_constants(running_mean=running_mean, running_std=running_std)
         return _traced(x, _wide(weight, x), _wide(bias, x), training, step, clipping)
     try:
+        if running_mean is not None and (running_mean.requires_grad or running_std.requires_grad):
+            check_constants(running_mean=running_mean, running_std=running_std)
         # Calls less for what is nearly always so.
         weight_ = weight if weight is None or weight.dtype is torch.float32 else _wide(weight, x)
         bias_ = bias if bias is None or bias.dtype is torch.float32 else _wide(bias, x)
@@ -149,7 +152,7 @@ def normalise(
             return _transformed(x, weight_, bias_, training, step)
         if not training:
             return _inferred(x, weight_, bias_, step)
-        ordinary = clipping is None and step[0] is not None
+        ordinary = clipping is None and running_mean is not None
         if ordinary and not (_is_jit_tracing() or checkpoint.may_repeat()):
             if wants_gradient(x, weight_, bias_):
                 # As below, in two calls less: 1.5% of a training step of (4, 8).
@@ -157,9 +160,11 @@ def normalise(
                 _increment_version(step[:2])
                 return y
         return _trained(x, weight_, bias_, step, clipping, layer)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         # Bad arguments are refused below, cheaply and before anything changes; this names the one.
         check_arguments(x, weight, bias, training, *step[:8])
+        if training and running_mean is not None and isinstance(error, RuntimeError):
+            _increment_version(step[:2])  # they may have moved: autograd refuses after that
         raise
 
 
@@ -267,7 +272,10 @@ def _transformed(
         )
     if not training:
         return TransformableInference.apply(x, weight, bias, step[0], step[1])
-    return TransformableTraining.apply(x, weight, bias, *step)[0]
+    y = TransformableTraining.apply(x, weight, bias, *step)[0]
+    if step[0] is not None:
+        _increment_version(step[:2])
+    return y
 
 
 def _traced(

@@ -140,7 +140,7 @@ class RenormSchedule:
         tried = {self.steps_per_update}
         tried |= {getattr(found, n) / getattr(self, n) for n in _STEPS if getattr(self, n) > 0}
         for per in tried:
-            if per == int(per) >= 1:
+            if per == int(per) and 1 <= per <= _MOST_STEPS:
                 same = replace(self, steps_per_update=int(per))
                 if torch.equal(same.as_tensor("cpu"), found.as_tensor("cpu")):
                     return same

@@ -21,8 +21,8 @@ from torch.autograd.graph import increment_version
 from torch.fx import Proxy
 
 from . import _ops, checkpoint
-from .arguments import check_arguments
-from .autograd import Gradients, wants_gradient
+from .arguments import check_arguments, check_constants
+from .autograd import Gradients, drops_graphs, wants_gradient
 from .clipping import counting
 from .functional import _transforms_are_active, _wide
 from .lazy import _LazyBatchRenorm
@@ -93,6 +93,8 @@ class SyncTraining(Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, stats, total = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        if drops_graphs(dy):
+            SyncBackward.backward(ctx)
         dx, dweight, dbias = SyncBackward.apply(dy, x, weight, stats, total, ctx.group, need_x)
         return (
             dx,
@@ -154,6 +156,7 @@ def _trained(
         )
     # Before anything is exchanged: an error in one process keeps the others waiting.
     check_arguments(x, weight, bias, True, *step[:8], synchronised=True)
+    check_constants(running_mean=step[0], running_std=step[1])
     weight, bias = _wide(weight, x), _wide(bias, x)
     running_mean, running_std, *_ = step
     keep = None

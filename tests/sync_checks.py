@@ -445,6 +445,10 @@ def what_there_is_no_derivative_of_says_so(rank: Rank) -> None:
     (dx,) = torch.autograd.grad((sync(leaf) ** 2).sum(), leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="SyncBatchRenorm has no second derivatives"):
         torch.autograd.grad((dx**2).sum(), leaf)
+    # By a vmap that would lose the graph, and with it the error above.
+    y, options = sync(leaf), {"create_graph": True, "is_grads_batched": True}
+    with pytest.raises(NotImplementedError, match="SyncBatchRenorm has no second derivatives"):
+        torch.autograd.grad(y, leaf, torch.stack((y, y)).detach(), **options)
     with pytest.raises(NotImplementedError, match="SyncBatchRenorm has neither"):
         torch.func.grad(lambda t: (sync(t) ** 2).sum())(x)
     with (

@@ -169,6 +169,52 @@ def test_dual_tensors(training):
         torch.testing.assert_close(found.primal, want.primal)
 
 
+@each_device()
+@MODES
+@pytest.mark.parametrize("what", ["jacobian", "hessian"])
+def test_vectorized_derivatives_are_differentiable(what, training, device):
+    """As gradient penalties take them. The vmap under vectorize=True loses the graph of any
+    autograd.Function in a backward pass, and gradients would silently be too few."""
+    layer = layer_of(training, device=device)
+    derivative = getattr(torch.autograd.functional, what)
+
+    def gradients(vectorize):
+        x, weight, bias = inputs(device=device)
+
+        def call(x):
+            y = layer(x, weight, bias).sin()
+            return y.pow(3).sum() if what == "hessian" else y
+
+        found = derivative(call, x, create_graph=True, vectorize=vectorize)
+        return torch.autograd.grad(found.square().sum(), (x, weight, bias))
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
+@each_device()
+@MODES
+@pytest.mark.parametrize("monitored", [False, True])
+def test_forward_mode_goes_through_a_backward_pass(monitored, training, device):
+    """dx is linear in dy: its tangent in the direction of dy is dx itself."""
+    layer = BatchRenorm1d(2, device=device, schedule=RenormSchedule.constant(3.0, 5.0))
+    if monitored:
+        layer.monitor_clipping()
+    layer.train(training)
+    x, _, _, dy, *_ = tensors(dtype=torch.float32, device=device)
+    x.requires_grad_()
+    y = layer(x)
+
+    def dx(dy):
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    expected = dx(dy)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(func.jvp(dx, (dy,), (dy,))[1], expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(dy, dy)
+        torch.testing.assert_close(forward_ad.unpack_dual(dx(dual)).tangent, expected)
+
+
 @MODES
 def test_forward_mode_twice_is_refused_rather_than_wrong(training):
     x, weight, bias, dy, *_ = tensors()

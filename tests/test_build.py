@@ -227,6 +227,25 @@ def test_an_installed_package_is_complete(checkout, tmp_path):
     assert f"in {target}" in done.stdout
 
 
+def test_a_source_tree_that_is_not_built_says_so(tmp_path):
+    """As after pip install . in a clone: there Python finds the sources first."""
+    shutil.copytree(
+        ROOT / "batchrenorm_cuda",
+        tmp_path / "batchrenorm_cuda",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    (tmp_path / "setup.py").touch()
+    # Without what an editable install puts there, which would find the compiled part.
+    others = "[f for f in sys.meta_path if 'editable' not in repr(f).lower()]"
+    code = f"import sys; sys.meta_path = {others}; import batchrenorm_cuda"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"its source tree, {tmp_path}, where it has not been built" in done.stderr
+
+
 @pytest.mark.skipif(not _C.build_info()["cuda"], reason="needs a build with CUDA kernels")
 def test_kernels_are_compiled_again_when_a_header_changes():
     """nvcc's dependencies are known to ninja."""

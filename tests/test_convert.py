@@ -404,11 +404,32 @@ def test_doing_it_twice_or_where_there_is_nothing():
     state = everything(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        convert(model, schedule=SCHEDULE)
+        convert(model)
+        convert(model, momentum="keep", from_now=True)
+        convert(convert(network(), schedule=SCHEDULE), schedule=SCHEDULE)
     assert same(state, model.state_dict())
     for change in (convert, fold):
         with pytest.warns(UserWarning, match="Linear has no Batch"):
             change(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": RenormSchedule(warmup_steps=5)},
+        {"momentum": None},
+        {"skip_nonfinite": True},
+    ],
+)
+def test_settings_that_come_too_late_are_not_lost_in_silence(options):
+    """A second call changes no layer, and whoever gives it a schedule should not train by another
+    for thousands of batches."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    convert(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="no BatchNorm to convert, and 2 Batch Renorms with other"):
+        convert(model, **options)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

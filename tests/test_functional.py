@@ -260,12 +260,57 @@ def test_meta_tensors_have_shapes_only(training):
     assert y.is_meta and y.dtype == x.dtype and y.stride() == x.stride()
 
 
-def test_inference_notices_statistics_that_a_training_step_has_moved():
+def plain_step(x, call):
+    call(x)
+
+
+def step_without_gradients(x, call):
+    with torch.no_grad():
+        call(x)
+
+
+def step_under_grad(x, call):
+    torch.func.grad(lambda x: call(x).square().sum())(x)
+
+
+def step_in_forward_mode(x, call):
+    torch.func.jvp(call, (x,), (x,))
+
+
+def step_at_a_dual_level(x, call):
+    with torch.autograd.forward_ad.dual_level():
+        call(x)
+
+
+def step_that_cannot_be_saved(x, call):
+    """Autograd saves after the operator has run: statistics have moved by then."""
+
+    def refuse(t):
+        raise RuntimeError("no room")
+
+    with torch.autograd.graph.saved_tensors_hooks(refuse, lambda t: t):
+        with pytest.raises(RuntimeError, match="no room"):
+            call(x)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        plain_step,
+        step_without_gradients,
+        step_under_grad,
+        step_in_forward_mode,
+        step_at_a_dual_level,
+        step_that_cannot_be_saved,
+    ],
+)
+def test_inference_notices_statistics_that_a_training_step_has_moved(step):
     """As torch's batch_norm: its saved statistics are no copies."""
     x = normal(6, 3).requires_grad_()
     mean, std = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     y = batch_renorm(x, mean, std)
-    batch_renorm(x, mean, std, training=True)
+    step(x, lambda x: batch_renorm(x, mean, std, training=True))
+    assert (mean != 0).all()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

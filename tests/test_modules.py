@@ -307,6 +307,32 @@ def test_a_parametrized_weight():
     assert module.parametrizations.weight.original.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", ["running_mean", "running_std"])
+def test_statistics_that_want_a_gradient_are_refused(name, training):
+    """As BatchNorm refuses them: there is none, and silently none would be zero."""
+    layer = BatchRenorm1d(3).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    given = {name: torch.ones(3, requires_grad=True)}
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+        torch.func.functional_call(layer, given, torch.randn(4, 3))
+    torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_an_inference_tensor_is_refused_before_statistics_move():
+    """Autograd would refuse to keep it after that."""
+    layer = BatchRenorm1d(3)
+    with torch.inference_mode():
+        x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"an inference tensor cannot be: call x.clone\(\)"):
+        layer(x)
+    assert layer.num_batches_tracked == 0 and layer.running_mean.tolist() == [0, 0, 0]
+    layer(x.clone()).sum().backward()
+    with torch.no_grad():
+        layer(x)
+    assert layer.num_batches_tracked == 2
+
+
 def test_functional_call_replaces_parameters_and_buffers():
     module = BatchRenorm1d(3)
     x = torch.randn(6, 3)

@@ -94,6 +94,12 @@ def test_a_schedule_survives_its_tensor_and_its_repr(schedule):
     )
 
 
+def test_a_schedule_of_huge_steps_is_loaded():
+    """Whatever number of microbatches it might be taken for."""
+    never = RenormSchedule(1e30, 3.0, 1e30, 5.0, 1e30)
+    assert RenormSchedule().recognised_in(never.as_tensor()) == never
+
+
 def test_from_tensor_refuses_what_is_no_schedule():
     with pytest.raises(ValueError, match=r"schedule must have shape \(5,\), got \(4,\)"):
         RenormSchedule.from_tensor(torch.zeros(4))
