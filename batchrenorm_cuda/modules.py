@@ -375,7 +375,8 @@ class _BatchRenorm(nn.Module):
         mean, std, var = given("running_mean"), given("running_std"), given("running_var")
         counter, schedule = given("num_batches_tracked"), given("schedule")
         if counter is not None:
-            refuse("num_batches_tracked", counter, "finite and >= 0", _is_not_negative)
+            whole = "finite and >= 0"
+            refuse("num_batches_tracked", counter, whole, _is_not_negative, torch.int64)
             state_dict[f"{prefix}num_batches_tracked"] = counter.to(torch.int64)
         # torch.distributed.checkpoint fills in for what is not there with what the layer has.
         if var is not None and (std is None or std is self.running_std):

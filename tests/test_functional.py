@@ -384,6 +384,8 @@ BAD = [
     ({"momentum": NAN}, ValueError, r"momentum must be in \[0, 1\].* got nan"),
     ({"momentum": "0.1"}, TypeError, "momentum must be a number, got str"),
     ({"eps": -1e-5}, ValueError, "eps must be >= 0, got -1e-05"),
+    ({"eps": 10**400}, ValueError, "eps must fit in a float, got an int of 1329 bits"),
+    ({"r_max": 10**400}, ValueError, "r_max must fit in a float, got an int of"),
     ({"eps": NAN}, ValueError, "eps must be >= 0, got nan"),
     ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
     ({"r_max": 0.9}, ValueError, "r_max must be >= 1, got 0.9"),

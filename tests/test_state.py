@@ -290,6 +290,11 @@ def test_a_counter_that_went_through_half_precision_loads_if_it_did_fit(assign):
     state = {name: t.half() for name, t in trained().state_dict().items()}
     module.load_state_dict(state, assign=assign)
     assert module.num_batches_tracked == 4 and module.num_batches_tracked.dtype == torch.int64
+    state["num_batches_tracked"] = torch.tensor(1e30)
+    with pytest.raises(
+        RuntimeError, match="num_batches_tracked must be .* in torch.int64, got 1.0"
+    ):
+        module.load_state_dict(state)
     state["num_batches_tracked"] = torch.tensor(100_000).half()
     with pytest.raises(RuntimeError, match="num_batches_tracked must be finite and .* got inf"):
         module.load_state_dict(state, assign=assign)
