@@ -13,7 +13,8 @@ as short as this would end before; here the jump comes after --warmup updates, t
 What it shows, with seeds 3 to 7: the return goes from -25 ... -74 to -4.7 ... -5.2 in 1,000 updates
 (the best of 35 linear controllers: -4.4). What it does not show is a gain over BatchNorm, which on
 a task this easy gets as far (--warmup 100000). The joint forward does matter: with --separate runs
-are less steady and end at -4.8 ... -7.4 with BatchNorm, -4.9 ... -7.0 with Batch Renorm. Takes 5 s.
+are less steady and end at -4.8 ... -7.4 with BatchNorm, -4.9 ... -7.0 with Batch Renorm. Takes
+15 s.
 """
 
 import argparse

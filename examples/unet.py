@@ -14,7 +14,7 @@ In 2-D, seeds 0 to 4, the gap was 0.46 with BatchNorm and 0.21 with Batch Renorm
 either (spread 0.02); in 3-D, seeds 0 to 2, 0.23 and 0.07, Dice 0.86 and 0.83. So the gap closes,
 and that need not gain anything: an image that is normalised by itself has lost its brightness and
 contrast, which helps to find the discs here (Dice 0.97 if BatchNorm could infer so). If your task
-is like that, try InstanceNorm. Takes 10 s in 2-D, a minute in 3-D.
+is like that, try InstanceNorm. Takes 15 s in 2-D, a minute in 3-D.
 """
 
 import argparse
