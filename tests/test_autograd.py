@@ -11,7 +11,7 @@ from devices import each_device
 from torch import func
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from batchrenorm_cuda import BatchRenorm1d, RenormSchedule, reference
+from batchrenorm_cuda import BatchRenorm1d, RenormSchedule, autograd, reference
 from batchrenorm_cuda.functional import batch_renorm
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -359,6 +359,15 @@ def test_statistics_that_move_later_do_not_change_the_gradient(device):
     batch_renorm(x.detach() * 7, mean, std, weight, bias, True)
     mean.zero_(), std.fill_(1)
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], want)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [autograd.Training, autograd.RecordedTraining, autograd.RepeatedTraining, autograd.Inference],
+)
+def test_the_engine_enters_backward_without_a_wrapper(function):
+    """What a torch without the attribute would silently be slower without."""
+    assert function._backward_cls.apply is function.backward
 
 
 def test_no_warnings_from_the_operators():
