@@ -17,10 +17,12 @@ unbiased ones, some keep two sets of statistics), so curves agree closely, not b
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 import torch
@@ -249,6 +251,9 @@ def from_katago(
         gamma = entries.get("gamma")
         weight = torch.ones_like(entries["beta"]) if gamma is None else gamma + gamma_center_1
         factor = scale(name.removesuffix(".")) if callable(scale) else scale
+        if factor is not None and not (isinstance(factor, Real) and math.isfinite(factor)):
+            where = f" for {name.removesuffix('.')}" if callable(scale) else ""
+            raise TypeError(f"scale must be a finite number, got {factor!r}{where}")
         return _state(
             name,
             weight=weight if factor is None else weight * factor,
@@ -439,8 +444,12 @@ def _state(
                 f"the moving {key} of {layer} must be {wanted}, got "
                 f"{t[~right][0].item()} in {int((~right).sum())} of {t.numel()} channels"
             )
-    steps = std.new_zeros(()) if steps is None else steps.reshape(())
-    state["num_batches_tracked"] = steps.to(std.device, torch.int64)
+    steps = std.new_zeros(()) if steps is None else steps
+    counter = steps.to(std.device, torch.int64)
+    if steps.numel() != 1 or not bool((steps.isfinite() & (steps >= 0) & (counter >= 0)).all()):
+        layer = name.removesuffix(".") or "the layer"
+        raise ValueError(f"the step of {layer} must be one number >= 0, got {steps.tolist()}")
+    state["num_batches_tracked"] = counter.reshape(())
     state["schedule"] = schedule.as_tensor(std.device)
     return state
 
@@ -484,6 +493,9 @@ def _tensor(value: Any, name: str) -> Tensor:
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping of names to tensors, got {type(value).__name__}")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must be a mapping of names to tensors, got the key {key!r}")
     return value
 
 
@@ -495,7 +507,7 @@ def _listed(names: Mapping[str, Any]) -> str:
 def _require_eps(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
@@ -504,6 +516,8 @@ def _keras_limits(clipping: Mapping[str, float]) -> RenormSchedule:
         raise ValueError(f"renorm_clipping must have rmax, rmin, dmax only, got {clipping!r}")
     given = {key: float(value) for key, value in clipping.items() if value is not None}
     r_max = given.get("rmax", math.inf)
+    if not r_max >= 1:
+        raise ValueError(f"renorm_clipping must have rmax >= 1, got {clipping!r}")
     if not math.isclose(given.get("rmin", 1 / r_max), 1 / r_max, rel_tol=1e-6):
         raise ValueError(f"renorm_clipping must have rmin = 1 / rmax, got {clipping!r}")
     return RenormSchedule.constant(r_max, given.get("dmax", math.inf))
@@ -531,6 +545,6 @@ def _member(t: Tensor, name: str, member: int | None) -> Tensor:
         return t
     if t.dim() != vector + 1:
         raise ValueError(f"{name} must have shape [C] or [members, C], got {tuple(t.shape)}")
-    if member is None or not -len(t) <= member < len(t):
-        raise ValueError(f"member must be one of the {len(t)} in the ensemble, got {member}")
+    if not isinstance(member, int) or not -len(t) <= member < len(t):
+        raise ValueError(f"member must be one of the {len(t)} in the ensemble, got {member!r}")
     return t[member]

@@ -341,6 +341,48 @@ def test_a_checkpoint_of_something_else_is_refused(peer):
     ("call", "error", "message"),
     [
         (lambda: adopt.from_sb3(sb3(), eps=-1), ValueError, "eps must be finite and >= 0, got -1"),
+        (
+            lambda: adopt.from_sb3(sb3(), eps=10**400),
+            ValueError,
+            "eps must be finite and >= 0, got",
+        ),
+        (lambda: adopt.from_sb3({**sb3(), 3: 1}), TypeError, "state must be .* got the key 3"),
+        (lambda: adopt.from_keras({0: 1}), TypeError, "arrays must be a mapping .* got the key 0"),
+        (
+            lambda: adopt.from_sb3({**sb3(), "steps": torch.tensor([1, 2])}),
+            ValueError,
+            r"the step of the layer must be one number >= 0, got \[1, 2\]",
+        ),
+        (
+            lambda: adopt.from_sb3({**sb3(), "steps": torch.tensor(-1)}),
+            ValueError,
+            "the step of the layer must be one number >= 0, got -1",
+        ),
+        (
+            lambda: adopt.from_sb3({**sb3(), "steps": torch.tensor(math.nan)}),
+            ValueError,
+            "the step of the layer must be one number >= 0, got nan",
+        ),
+        (
+            lambda: adopt.from_katago(katago(), scale="x"),
+            TypeError,
+            "scale must be a finite number, got 'x'",
+        ),
+        (
+            lambda: adopt.from_katago(in_a_model(katago()), scale=lambda name: math.nan),
+            TypeError,
+            "scale must be a finite number, got nan for ",
+        ),
+        (
+            lambda: adopt.from_keras(keras(), renorm_clipping={"rmax": 0}),
+            ValueError,
+            "renorm_clipping must have rmax >= 1, got {'rmax': 0}",
+        ),
+        (
+            lambda: adopt.from_flax(flax((2,)), member="a"),
+            ValueError,
+            "member must be one of the 2 in the ensemble, got 'a'",
+        ),
         (lambda: adopt.from_torchrl(torchrl(), eps="1"), TypeError, "eps must be a number"),
         (lambda: adopt.from_keras({"gamma": [1.0]}), ValueError, "have moving_mean, got gamma"),
         (
