@@ -32,6 +32,7 @@ _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_jit_tracing = torch._C._is_tracing
 _is_compiling = torch.compiler.is_compiling
 _increment_version = torch._C._increment_version
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # a torch.func transform that x has outlived
 
 
 def batch_renorm(
@@ -150,6 +151,7 @@ def normalise(
         bias_ = bias if bias is None or bias.dtype is torch.float32 else _wide(bias, x)
         if _transforms_are_active() or forward_ad._current_level >= 0:
             return _transformed(x, weight_, bias_, training, step)
+        x = _unwrap_if_dead(x)
         if not training:
             return _inferred(x, weight_, bias_, step)
         ordinary = clipping is None and running_mean is not None

@@ -370,6 +370,19 @@ def test_the_engine_enters_backward_without_a_wrapper(function):
     assert function._backward_cls.apply is function.backward
 
 
+@MODES
+def test_what_has_outlived_its_transform_is_differentiated(training):
+    """An activation that a hook has kept, say: the gradient is that of the tensor inside."""
+    layer = BatchRenorm1d(3).train(training)
+    x, kept = torch.randn(4, 3, requires_grad=True), []
+    func.grad(lambda t: (kept.append(t), t.sum())[1])(x)
+    gradients = []
+    for t in (x, kept[0]):
+        layer.reset_running_stats()
+        gradients += torch.autograd.grad(layer(t).pow(3).sum(), x)
+    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
+
+
 def test_no_warnings_from_the_operators():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
