@@ -22,7 +22,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -545,6 +545,6 @@ def _member(t: Tensor, name: str, member: int | None) -> Tensor:
         return t
     if t.dim() != vector + 1:
         raise ValueError(f"{name} must have shape [C] or [members, C], got {tuple(t.shape)}")
-    if not isinstance(member, int) or not -len(t) <= member < len(t):
+    if not isinstance(member, Integral) or not -len(t) <= member < len(t):
         raise ValueError(f"member must be one of the {len(t)} in the ensemble, got {member!r}")
     return t[member]

@@ -24,11 +24,15 @@ def _require_tensor(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
+def require_float(value: Any, name: str) -> None:
+    if isinstance(value, int) and abs(value) >= 2**1024:
+        raise ValueError(f"{name} must fit in a float, got an int of {value.bit_length()} bits")
+
+
 def _require_number(value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if isinstance(value, int) and abs(value) >= 2**1024:
-        raise ValueError(f"{name} must fit in a float, got an int of {value.bit_length()} bits")
+    require_float(value, name)
 
 
 def _require_dense(t: Any, name: str) -> None:

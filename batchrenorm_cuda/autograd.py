@@ -48,12 +48,12 @@ def _needed(ctx: Any, gradients: Gradients) -> Gradients:
     return (*found, *[None] * (len(need) - len(found)))
 
 
-def is_differentiated() -> bool:
+def _is_differentiated() -> bool:
     """Whether a backward pass is: by create_graph=True, or in forward mode."""
     return _is_grad_enabled() or forward_ad._current_level >= 0 or _transforms_are_active()
 
 
-def drops_graphs(dy: Tensor) -> bool:
+def _drops_graphs(dy: Tensor) -> bool:
     """Whether dy is a batch of the vmap under is_grads_batched=True and torch.autograd.functional's
     vectorize=True. It runs the forward of a Function alone, and what that gives has no graph."""
     return (
@@ -66,8 +66,8 @@ def drops_graphs(dy: Tensor) -> bool:
 def _training_gradients(ctx: Any, dy: Tensor) -> Gradients:
     """Of x, weight and bias, and None for what comes after them."""
     x, weight, stats = ctx.saved_tensors
-    if is_differentiated():
-        if drops_graphs(dy):
+    if _is_differentiated():
+        if _drops_graphs(dy):
             at = Derivatives(BatchStatistics(x, ctx.eps), weight, stats[3], stats[4])
             dx, dweight, dbias = at.gradients(dy)
         else:
@@ -79,8 +79,8 @@ def _training_gradients(ctx: Any, dy: Tensor) -> Gradients:
 
 
 def _entered_at_backward(function: type[Function]) -> type[Function]:
-    """Its node calls backward. By itself torch's calls a wrapper in Python, which finds out anew
-    each time whether backward or vjp is there to be called: 4 us of the 33 of a backward pass of
+    """Has its node call backward. Else it calls a wrapper in Python, which finds out anew each time
+    whether backward or vjp is there to be called: 4 us of the 33 of a backward pass of
     (4, 8), nn.BatchNorm1d 26 (AMD EPYC, Zen 3)."""
     node = getattr(function, "_backward_cls", None)  # torch's own name for it, and not documented
     if node is not None:
@@ -175,8 +175,8 @@ class Inference(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        if is_differentiated():
-            if drops_graphs(dy):
+        if _is_differentiated():
+            if _drops_graphs(dy):
                 dx, dweight, dbias = _inference_derivatives(*ctx.saved_tensors).gradients(dy)
             else:
                 dx, dweight, dbias = InferenceBackward.apply(dy, *ctx.saved_tensors)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import require_float
+
 _STEPS = ("warmup_steps", "r_max_step", "d_max_step")
 
 # What stands for an infinite limit in the buffer. No r or d in float32 is beyond it; but an average
 # of infinities, as torch's AveragedModel makes of buffers, is inf - inf.
 _NO_LIMIT = torch.finfo(torch.float32).max
-
-_MOST_STEPS = 2**62  # num_batches_tracked holds twice that, and a float64 exactly that
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +65,7 @@ class RenormSchedule:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             # numpy's numbers overflow, and do not read well.
             plain = int(value) if isinstance(value, Integral) else float(value)
-            _require_countable(plain, name)
+            require_float(plain, name)
             object.__setattr__(self, name, plain)
         if not (0 <= self.warmup_steps < math.inf):
             raise ValueError(f"warmup_steps must be finite and >= 0, got {self.warmup_steps}")
@@ -80,6 +80,7 @@ class RenormSchedule:
                 raise ValueError(
                     f"{name} must be finite and >= warmup_steps ({self.warmup_steps}), got {step}"
                 )
+            require_float(int(step) * self.steps_per_update, f"{name} * steps_per_update")
 
     @classmethod
     def constant(cls, r_max: float, d_max: float) -> RenormSchedule:
@@ -123,7 +124,7 @@ class RenormSchedule:
         values = dict(zip(names, schedule.tolist(), strict=True))
         for name in _STEPS:
             values[name] /= steps_per_update
-            if values[name].is_integer() and values[name] <= _MOST_STEPS:
+            if values[name].is_integer():
                 values[name] = int(values[name])
         for name in ("r_max", "d_max"):
             if values[name] >= _NO_LIMIT:
@@ -140,8 +141,11 @@ class RenormSchedule:
         tried = {self.steps_per_update}
         tried |= {getattr(found, n) / getattr(self, n) for n in _STEPS if getattr(self, n) > 0}
         for per in tried:
-            if per == int(per) and 1 <= per <= _MOST_STEPS:
-                same = replace(self, steps_per_update=int(per))
+            if per == int(per) >= 1:
+                try:
+                    same = replace(self, steps_per_update=int(per))
+                except ValueError:  # so many that no float holds the steps
+                    continue
                 if torch.equal(same.as_tensor("cpu"), found.as_tensor("cpu")):
                     return same
         return found
@@ -163,15 +167,7 @@ def require_steps_per_update(value: Any, name: str = "steps_per_update") -> None
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
-    _require_countable(value, name)
-
-
-def _require_countable(value: Any, name: str) -> None:
-    """As many batches as num_batches_tracked can count."""
-    if isinstance(value, Integral) and value > _MOST_STEPS:
-        raise ValueError(
-            f"{name} must be at most {_MOST_STEPS}, got 2**{int(value).bit_length() - 1} or more"
-        )
+    require_float(value, name)
 
 
 def _ramp(step: float, start: float, end: float, first: float, last: float) -> float:

@@ -22,7 +22,7 @@ from torch.fx import Proxy
 
 from . import _ops, checkpoint
 from .arguments import check_arguments, check_constants
-from .autograd import Gradients, drops_graphs, wants_gradient
+from .autograd import Gradients, wants_gradient
 from .clipping import counting
 from .functional import _transforms_are_active, _wide
 from .lazy import _LazyBatchRenorm
@@ -93,8 +93,6 @@ class SyncTraining(Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, stats, total = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        if drops_graphs(dy):
-            SyncBackward.backward(ctx)
         dx, dweight, dbias = SyncBackward.apply(dy, x, weight, stats, total, ctx.group, need_x)
         return (
             dx,

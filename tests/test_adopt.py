@@ -262,7 +262,7 @@ def test_flax_without_scale_and_bias():
 @pytest.mark.parametrize("member", [0, 1])
 def test_flax_ensemble(member):
     ensemble = flax((2,))
-    module = loaded(adopt.from_flax(ensemble, member=member))
+    module = loaded(adopt.from_flax(ensemble, member=np.int64(member)))
     close(module(rows()), flax_infers(ensemble, rows().numpy(), 1e-3, member))
     assert module.num_batches_tracked == 123
     for wrong in (None, 2):

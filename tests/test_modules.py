@@ -314,8 +314,13 @@ def test_statistics_that_want_a_gradient_are_refused(name, training):
     layer = BatchRenorm1d(3).train(training)
     before = copy.deepcopy(layer.state_dict())
     given = {name: torch.ones(3, requires_grad=True)}
-    with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
-        torch.func.functional_call(layer, given, torch.randn(4, 3))
+
+    def call(x):
+        return torch.func.functional_call(layer, given, x)
+
+    for function in (call, torch.compile(call, backend="aot_eager")):
+        with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+            function(torch.randn(4, 3))
     torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
 
 
