@@ -2,6 +2,7 @@
 #pragma once
 
 #include "accumulate.h"
+#include "across.h"
 #include "chains.h"
 #include "isa.h"
 #include "lanes.h"
@@ -96,6 +97,8 @@ BRN_LANES void keep_sums(const SumRows<Real>& rows, std::int64_t w, double g, do
 template <typename T>
 void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                         const SumRows<RealOf<T>>& rows) {
+  using Sum = ExactSum<Lanes<RealOf<T>>>;
+  constexpr int kTogether = kTogetherAcross<T>;
   const std::int64_t planes = part.end / part.plane;
   const bool apart = has_planes_apart(part);
   const auto fetch_next = [&](std::int64_t next) BRN_INLINED {
@@ -103,10 +106,23 @@ void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<
     fetch_plane(part, dy + next);
     fetch_plane(part, x + next);
   };
-  for (std::int64_t w = 0; w < part.width; ++w) {
-    const LaneSums<T> sums = plane_products(part, begin_of(part, w), planes, dy, x,
-                                            Lanes<T>::of(centres[w]), fetch_next);
-    keep_sums(rows, w, sum_in_double(sums.values), sum_in_double(sums.products));
+  for (std::int64_t w = 0; w < part.width; w += kTogether) {
+    Lanes<RealOf<T>> g[kTogether];
+    Lanes<RealOf<T>> gx[kTogether];
+    const std::int64_t count = part.width - w < kTogether ? part.width - w : kTogether;
+    for (std::int64_t k = 0; k < count; ++k) {
+      const LaneSums<T> sums = plane_products(part, begin_of(part, w + k), planes, dy, x,
+                                              Lanes<T>::of(centres[w + k]), fetch_next);
+      g[k] = in_one_vector(sums.values);
+      gx[k] = in_one_vector(sums.products);
+    }
+    for (std::int64_t k = count; k < kTogether; ++k) g[k] = gx[k] = {};
+    const Sum all_g = exact_sums_across(g);
+    const Sum all_gx = exact_sums_across(gx);
+    store(rows.g + w, all_g.sum);
+    store(rows.g_error + w, all_g.error);
+    store(rows.gx + w, all_gx.sum);
+    store(rows.gx_error + w, all_gx.error);
   }
 }
 

@@ -13,16 +13,10 @@
 
 namespace brn::cpu {
 
-// From so many planes a channel on, the next slab is fetched while one is written; where vectors
-// are short, in some cases from half as many on (see runs.h).
+// From so many planes a channel on, the next slab may be fetched while one is written (where
+// vectors are short, in some cases from half as many on; see runs.h), and short planes are done in
+// the order of memory (see plane_by_plane.h).
 constexpr std::int64_t kManyPlanes = 8;
-
-// Planes of so few bytes are done in the order of memory: see plane_by_plane.h.
-constexpr std::int64_t kShortPlaneBytes = 1024;
-__attribute__((always_inline)) constexpr bool are_many_short_planes(std::int64_t planes,
-                                                                    std::int64_t bytes) {
-  return planes >= kManyPlanes && bytes <= kShortPlaneBytes;
-}
 
 // A stretch [begin, end) of the positions of one slab; see slabs.h.
 struct Part {
@@ -38,6 +32,7 @@ struct Part {
   std::int64_t offset;  // kChannelsFirst: elements from position 0 to where it begins
   std::int64_t next;    // kChannelsFirst: elements to the slab that is reduced next; 0: none
   bool streamed;        // what is written goes past the caches, which are smaller
+  bool to_l1;           // where planes that are fetched at once go
 };
 
 // Parameters of `width` channels, as a struct of arrays.
@@ -78,6 +73,7 @@ struct Sweeps {
 
 struct Isa {
   const char* name;
+  std::int64_t short_plane_bytes;  // at the most: see plane_by_plane.h
   Sweeps<float> float32;
   Sweeps<double> float64;
   Sweeps<Half> float16;

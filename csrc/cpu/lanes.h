@@ -52,11 +52,11 @@ BRN_LANES void store_vector(void* to, V v) {
   std::memcpy(to, &v, sizeof(v));
 }
 
-// Fetches a line, but not into the L1, which has few places for lines on their way. GB/s of dy and
-// x out of memory, sums of (32, 256, 14, 14) float32: 13 by way of the L1, 23 so.
-template <bool kToWrite = false, typename T>
+// Fetches a line, as a rule not into the L1, which has few places for lines on their way. GB/s of
+// dy and x out of memory, sums of (32, 256, 14, 14) float32: 13 by way of the L1, 23 so.
+template <bool kToWrite = false, bool kToL1 = false, typename T>
 BRN_LANES void fetch(const T* line) {
-  __builtin_prefetch(line, kToWrite, 2);
+  __builtin_prefetch(line, kToWrite, kToL1 ? 3 : 2);
 }
 
 // To an aligned address, past the caches. Not in order with other writes: see finish_streams().
@@ -257,7 +257,8 @@ BRN_LANES V shuffle(V a, V b, std::integer_sequence<int, kPlaces...>) {
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, kPlaces...);
 #else
-  return __builtin_shuffle(a, b, SignedWords{kPlaces...});
+  using Place = std::conditional_t<sizeof(a[0]) == 8, std::int64_t, std::int32_t>;
+  return __builtin_shuffle(a, b, Vector<Place>{kPlaces...});
 #endif
 }
 template <int... kPlaces>

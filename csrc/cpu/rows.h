@@ -51,7 +51,8 @@ BRN_LANES bool are_reduced_together(const Rows& rows) {
 template <typename T>
 BRN_LANES bool are_written_together(const Rows& rows) {
   constexpr std::int64_t kShort = 256 / sizeof(T);
-  return BRN_VECTOR_BYTES == 64 || rows.width <= kShort || rows.width < rows.stride;
+  const bool whole = rows.width % kLanes<T> == 0;
+  return (BRN_VECTOR_BYTES == 64 && whole) || rows.width <= kShort || rows.width < rows.stride;
 }
 
 // Elements to what lies `bytes` or more further on among those of the rows, in whole rows.

@@ -61,7 +61,7 @@ BRN_LANES Lanes<T> first_vector(const Part& part, std::int64_t w, const T* x) {
 // (32, 256, 14, 14) float32, backward 3,321 and 2,644, but (32, 512, 7, 7), forward 684 and 1,011.
 // With AVX-512 only 2048 bytes have been measured.
 template <typename T>
-constexpr std::int64_t kShortPlane = (BRN_VECTOR_BYTES == 64 ? 2048 : 384) / sizeof(T);
+constexpr std::int64_t kShortPlane = (BRN_VECTOR_BYTES == 64 ? 1280 : 384) / sizeof(T);
 template <typename T>
 constexpr std::int64_t kLongPlane = 16384 / sizeof(T);
 
@@ -74,7 +74,11 @@ BRN_LANES bool has_planes_apart(const Part& part) { return part.end - part.begin
 template <bool kToWrite = false, typename T>
 BRN_LANES void fetch_lines(const Part& part, const T* plane) {
   constexpr std::int64_t kLine = 64 / sizeof(T);
-  for (std::int64_t i = 0; i < part.plane; i += kLine) fetch<kToWrite>(plane + i);
+  if (part.to_l1) {
+    for (std::int64_t i = 0; i < part.plane; i += kLine) fetch<kToWrite, true>(plane + i);
+  } else {
+    for (std::int64_t i = 0; i < part.plane; i += kLine) fetch<kToWrite>(plane + i);
+  }
 }
 // A short plane, all of it.
 template <bool kToWrite = false, typename T>

@@ -70,11 +70,13 @@ struct Slabs {
   std::int64_t parts() const { return positions.count; }
   std::int64_t widest() const { return channels.largest(); }
 
-  // Elements from a slab to the next, or 0 if the caches have no room for much of both.
+  // Elements from a slab to the next, or 0 if that is not fetched ahead, or the caches have no room
+  // for much of both.
   std::int64_t to_next(std::int64_t slab) const {
     constexpr std::int64_t kMostBytes = 512 * 1024;
     const Problem& p = problem;
     if (p.layout == Layout::kChannelsLast || slab + 1 >= count()) return 0;
+    if (!fetching_ahead_pays()) return 0;
     const std::int64_t width = channels.begin(slab + 1) - channels.begin(slab);
     return width * p.reduced() * size_of(p.dtype) <= kMostBytes ? width * p.spatial : 0;
   }
@@ -97,6 +99,7 @@ struct Slabs {
     part.offset = planes * part.stride + part.within;
     part.next = 0;
     part.streamed = p.elements() * size_of(p.dtype) > kStreamedBytes;
+    part.to_l1 = fetching_to_l1_pays();
     return part;
   }
 };
@@ -130,8 +133,9 @@ inline std::int64_t slab_width(const Problem& p, int inputs) {
     // forward and backward, against a quarter, 1.08 and 1.45; three quarters, forward, 0.98, and of
     // (32, 2048, 7, 7) 0.68.
     const std::int64_t bytes = channel * p.channels;
-    const bool by_plane = are_many_short_planes(p.batch, p.spatial * size_of(p.dtype));
-    const std::int64_t share = by_plane ? 2 : p.batch < kManyPlanes ? 4 : 8;
+    const bool many = p.batch >= kManyPlanes;
+    const bool by_plane = many && p.spatial * size_of(p.dtype) <= isa().short_plane_bytes;
+    const std::int64_t share = by_plane ? 2 : many && fetching_ahead_pays() ? 8 : 4;
     const std::int64_t most = std::min(l2_bytes() / share / inputs, kPartBytes);  // one part
     const std::int64_t small = std::min(quarter_of(bytes), most);
     return std::clamp<std::int64_t>(small / channel, 1, std::max<std::int64_t>(p.channels, 1));

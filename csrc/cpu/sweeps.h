@@ -154,7 +154,11 @@ struct Entries {
 };
 
 constexpr Isa table(const char* name) {
-  return {name, Entries<float>::sweeps(), Entries<double>::sweeps(), Entries<Half>::sweeps(),
+  return {name,
+          kShortPlaneBytes,
+          Entries<float>::sweeps(),
+          Entries<double>::sweeps(),
+          Entries<Half>::sweeps(),
           Entries<BFloat16>::sweeps()};
 }
 
