@@ -8,6 +8,7 @@
 #include "runs.h"
 
 #include <cstdint>
+#include <type_traits>
 
 namespace brn::cpu {
 namespace {
@@ -85,7 +86,7 @@ struct ChannelMoments : BlockMoments<T> {
     in_tails = {};
   }
 
-  template <bool kAlong>
+  template <Fetched kFetched>
   BRN_LANES void add_run(const T* x, std::int64_t length, std::int64_t next) {
     constexpr int kStep = kLanes<T>;
     const auto sums_of = [](Lanes<T> d) BRN_INLINED { return LaneSums<T>::of(d, d); };
@@ -99,27 +100,29 @@ struct ChannelMoments : BlockMoments<T> {
           return sums_of(mask(v - centre));
         },
         [&](std::int64_t i) BRN_INLINED {
-          if constexpr (kAlong) fetch(x + i + next);
+          if constexpr (kFetched != Fetched::kNothing) fetch(x + i + next);
         },
         [&]() BRN_INLINED { close(); });
   }
 };
 
-// Sums of deviations(v) over vectors v of x, and of their squares.
-template <typename T, typename Fetch, typename Deviation>
+// Sums of deviations(v) over vectors v of x, and of their squares. As plane_products().
+template <typename T, typename Fetch, typename Deviation, typename Ahead = std::false_type>
 BRN_LANES LaneSums<T> plane_deviations(const Part& part, std::int64_t plane, std::int64_t planes,
-                                       const T* x, Fetch fetch, Deviation deviation) {
+                                       const T* x, Fetch fetch_next, Deviation deviation,
+                                       Ahead = {}) {
   return plane_sums<T>(
       part, plane, planes,
       [&](std::int64_t at, auto mask) BRN_INLINED {
+        if constexpr (Ahead::value) fetch(x + at + part.ahead);
         const Lanes<T> d = mask(deviation(load(x + at)));
         return LaneSums<T>::of(d, d);
       },
-      fetch);
+      fetch_next);
 }
 
 // Of a channel of few vectors, in two sweeps: the second one finds them in the L1.
-template <typename T>
+template <bool kAhead, typename T>
 BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, std::int64_t plane,
                                                             std::int64_t planes, const T* x,
                                                             Lanes<T> pivot) {
@@ -131,7 +134,7 @@ BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> brief_moments(const Part& part, st
       [&](std::int64_t next) BRN_INLINED {
         if (apart) fetch_plane(part, x + next);
       },
-      [&](Lanes<T> v) BRN_INLINED { return v - pivot; });
+      [&](Lanes<T> v) BRN_INLINED { return v - pivot; }, std::bool_constant<kAhead>{});
   const Real mean = sum_across(shifted.values) / count;
   const Lanes<T> means = Lanes<T>::of(mean);
   const LaneSums<T> deviations = plane_deviations(
@@ -172,26 +175,33 @@ BRN_LANES RealOf<T> take_mean_pivot(const Part& part, std::int64_t w, const T* x
 
 // Of all channels of a part that is brief. A loop of its own has registers enough: forward of (1,
 // 2048, 7, 7) float32, 73 us, and 76 with the other channels' in it.
-template <typename T>
-void brief_channel_moments(const Part& part, const T* x, RealOf<T>* pivot, RealOf<T>* mean,
-                           RealOf<T>* m2) {
+template <bool kAhead, typename T>
+BRN_LANES void brief_channel_moments(const Part& part, const T* x, RealOf<T>* pivot,
+                                     RealOf<T>* mean, RealOf<T>* m2) {
   const std::int64_t planes = part.end / part.plane;
   for (std::int64_t w = 0; w < part.width; ++w) {
     const Lanes<T> pivots = Lanes<T>::of(take_pivot(part, w, x, pivot));
-    const auto moments = brief_moments(part, begin_of(part, w), planes, x, pivots);
+    const auto moments = brief_moments<kAhead>(part, begin_of(part, w), planes, x, pivots);
     mean[w] = moments.mean;
     m2[w] = moments.m2;
   }
 }
+template <typename T>
+void brief_channel_moments(const Part& part, const T* x, RealOf<T>* pivot, RealOf<T>* mean,
+                           RealOf<T>* m2) {
+  part.ahead != 0 && !has_planes_apart(part) ? brief_channel_moments<true>(part, x, pivot, mean, m2)
+                                             : brief_channel_moments<false>(part, x, pivot, mean, m2);
+}
 
-template <bool kAlong, typename T>
+template <Fetched kFetched, typename T>
 BRN_LANES SharedMoments<RealOf<T>, RealOf<T>> channel_moments(const Part& part, std::int64_t w,
                                                               const T* x, RealOf<T> pivot) {
   const Lanes<T> pivots = Lanes<T>::of(pivot);
   ChannelMoments<T> moments(pivots, first_vector(part, w, x));
   const auto add = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     fetch_plane(part, x + at + part.plane);
-    moments.template add_run<kAlong>(x + at, length, next);
+    const std::int64_t fetched = kFetched == Fetched::kAhead ? part.ahead : next;
+    moments.template add_run<kFetched>(x + at, length, fetched);
   };
   for_each_run(part, w, add);
   if (moments.chains.vectors > 0) moments.close();

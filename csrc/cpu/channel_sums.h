@@ -26,7 +26,7 @@ struct ChannelSums {
     g.add(sums.values);
     gx.add(sums.products);
   }
-  template <bool kAlong>
+  template <Fetched kFetched>
   BRN_LANES void add_run(const T* dy, const T* x, std::int64_t length, std::int64_t next) {
     constexpr int kStep = kLanes<T>;
     chains.add_run(
@@ -43,7 +43,7 @@ struct ChannelSums {
           return LaneSums<T>::of(load_first(dy, length), mask(load_first(x, length) - centre));
         },
         [&](std::int64_t i) BRN_INLINED {
-          if constexpr (kAlong) {
+          if constexpr (kFetched != Fetched::kNothing) {
             fetch(dy + i + next);
             fetch(x + i + next);
           }
@@ -75,14 +75,21 @@ BRN_LANES double sum_in_double(const ExactSum<Lanes<T>>& exact) {
   return sum_in_double(exact.sum) + sum_in_double(error);
 }
 
-template <typename T, typename Fetch>
+// fetch_next(element) is called before each plane (see plane_sums()); kAhead: what lies Part::ahead
+// further on is fetched.
+template <bool kAhead = false, typename T, typename Fetch>
 BRN_LANES LaneSums<T> plane_products(const Part& part, std::int64_t plane, std::int64_t planes,
-                                     const T* dy, const T* x, Lanes<T> centre, Fetch fetch) {
+                                     const T* dy, const T* x, Lanes<T> centre, Fetch fetch_next) {
   return plane_sums<T>(
       part, plane, planes,
-      [&](std::int64_t at, auto mask)
-          BRN_INLINED { return LaneSums<T>::of(mask(load(dy + at)), mask(load(x + at) - centre)); },
-      fetch);
+      [&](std::int64_t at, auto mask) BRN_INLINED {
+        if constexpr (kAhead) {
+          fetch(dy + at + part.ahead);
+          fetch(x + at + part.ahead);
+        }
+        return LaneSums<T>::of(mask(load(dy + at)), mask(load(x + at) - centre));
+      },
+      fetch_next);
 }
 
 template <typename Real>
@@ -94,8 +101,8 @@ BRN_LANES void keep_sums(const SumRows<Real>& rows, std::int64_t w, double g, do
 }
 
 // Of all channels of a part that is brief.
-template <typename T>
-void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
+template <bool kAhead, typename T>
+BRN_LANES void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                         const SumRows<RealOf<T>>& rows) {
   using Sum = ExactSum<Lanes<RealOf<T>>>;
   constexpr int kTogether = kTogetherAcross<T>;
@@ -111,8 +118,8 @@ void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<
     Lanes<RealOf<T>> gx[kTogether];
     const std::int64_t count = part.width - w < kTogether ? part.width - w : kTogether;
     for (std::int64_t k = 0; k < count; ++k) {
-      const LaneSums<T> sums = plane_products(part, begin_of(part, w + k), planes, dy, x,
-                                              Lanes<T>::of(centres[w + k]), fetch_next);
+      const LaneSums<T> sums = plane_products<kAhead>(part, begin_of(part, w + k), planes, dy, x,
+                                                      Lanes<T>::of(centres[w + k]), fetch_next);
       g[k] = in_one_vector(sums.values);
       gx[k] = in_one_vector(sums.products);
     }
@@ -126,7 +133,14 @@ void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<
   }
 }
 
-template <bool kAlong, typename T>
+template <typename T>
+void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
+                        const SumRows<RealOf<T>>& rows) {
+  part.ahead != 0 && !has_planes_apart(part) ? brief_channel_sums<true>(part, dy, x, centres, rows)
+                                             : brief_channel_sums<false>(part, dy, x, centres, rows);
+}
+
+template <Fetched kFetched, typename T>
 BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const T* x,
                             const RealOf<T>* centres, const SumRows<RealOf<T>>& rows) {
   const Lanes<T> centre = Lanes<T>::of(centres[w]);
@@ -134,7 +148,8 @@ BRN_LANES void channel_sums(const Part& part, std::int64_t w, const T* dy, const
   const auto add = [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
     fetch_plane(part, dy + at + part.plane);
     fetch_plane(part, x + at + part.plane);
-    sums.template add_run<kAlong>(dy + at, x + at, length, next);
+    const std::int64_t fetched = kFetched == Fetched::kAhead ? part.ahead : next;
+    sums.template add_run<kFetched>(dy + at, x + at, length, fetched);
   };
   for_each_run(part, w, add);
   if (sums.chains.vectors > 0) sums.close();

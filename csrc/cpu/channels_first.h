@@ -36,19 +36,22 @@ BRN_LANES Projection<Lanes<T>> projection_of(const Projections<RealOf<T>>& p, st
 
 // A run. `next` elements further on another is written, and `ahead` elements further on, if that is
 // not 0, what lies there is fetched.
-template <bool kAlong, typename T>
+template <Fetched kFetched, typename T>
 BRN_LANES void normalise_run(const Part& part, const Affine<Lanes<T>>& affine, const T* x, T* y,
                              std::int64_t at, std::int64_t length, std::int64_t next,
                              std::int64_t ahead) {
   const auto whole = [&](std::int64_t i) BRN_INLINED {
-    if constexpr (kAlong) {
+    if constexpr (kFetched == Fetched::kNextPlane) {
       fetch<true>(y + i + next);
       if (ahead != 0) fetch(x + i + ahead);
     }
+    if constexpr (kFetched == Fetched::kAhead) fetch(x + i + part.ahead);
     store(y + i, apply(affine, load(x + i)));
   };
-  const auto streamed = [&](std::int64_t i)
-                            BRN_INLINED { stream(y + i, apply(affine, load(x + i))); };
+  const auto streamed = [&](std::int64_t i) BRN_INLINED {
+    if constexpr (kFetched == Fetched::kAhead) fetch(x + i + part.ahead);
+    stream(y + i, apply(affine, load(x + i)));
+  };
   const auto rest = [&](std::int64_t i, std::int64_t n) {
     store_first(y + i, apply(affine, load_first(x + i, n)), n);
   };
@@ -58,17 +61,17 @@ BRN_LANES void normalise_run(const Part& part, const Affine<Lanes<T>>& affine, c
   cover<T>(at, length, whole, rest);
 }
 
-template <bool kAlong, typename T>
+template <Fetched kFetched, typename T>
 BRN_LANES void channel_normalise(const Part& part, std::int64_t w, const T* x,
                                  const Affines<RealOf<T>>& a, T* y) {
   const Affine<Lanes<T>> affine = affine_of<T>(a, w);
   const std::int64_t ahead = fetched_ahead_of_writing<T>(part);
   for_each_run(part, w, [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
-    normalise_run<kAlong>(part, affine, x, y, at, length, next, ahead);
+    normalise_run<kFetched>(part, affine, x, y, at, length, next, ahead);
   });
 }
 
-template <bool kAlong, typename T>
+template <Fetched kFetched, typename T>
 BRN_LANES void project_run(const Part& part, Lanes<T> centre,
                            const Projection<Lanes<T>>& projection, const T* dy, const T* x, T* dx,
                            std::int64_t at, std::int64_t length, std::int64_t next,
@@ -77,12 +80,16 @@ BRN_LANES void project_run(const Part& part, Lanes<T> centre,
     return apply(projection, load(dy + i), load(x + i) - centre);
   };
   const auto whole = [&](std::int64_t i) BRN_INLINED {
-    if constexpr (kAlong) {
+    if constexpr (kFetched == Fetched::kNextPlane) {
       fetch<true>(dx + i + next);
       if (ahead != 0) {
         fetch(dy + i + ahead);
         fetch(x + i + ahead);
       }
+    }
+    if constexpr (kFetched == Fetched::kAhead) {
+      fetch(dy + i + part.ahead);
+      fetch(x + i + part.ahead);
     }
     store(dx + i, projected(i));
   };
@@ -100,14 +107,14 @@ BRN_LANES void project_run(const Part& part, Lanes<T> centre,
   cover<T>(at, length, whole, rest);
 }
 
-template <bool kAlong, typename T>
+template <Fetched kFetched, typename T>
 BRN_LANES void channel_project(const Part& part, std::int64_t w, const T* dy, const T* x,
                                const RealOf<T>* centres, const Projections<RealOf<T>>& p, T* dx) {
   const Lanes<T> centre = Lanes<T>::of(centres[w]);
   const Projection<Lanes<T>> projection = projection_of<T>(p, w);
   const std::int64_t ahead = fetched_ahead_of_writing<T>(part);
   for_each_run(part, w, [&](std::int64_t at, std::int64_t length, std::int64_t next) BRN_INLINED {
-    project_run<kAlong>(part, centre, projection, dy, x, dx, at, length, next, ahead);
+    project_run<kFetched>(part, centre, projection, dy, x, dx, at, length, next, ahead);
   });
 }
 

@@ -16,7 +16,8 @@ void run_in_order(const Problem& p, const Parallel& parallel, const Pass& pass) 
     const Tables<Pass> tables(count, 0, slabs.widest());
     for (std::int64_t k = begin; k < end; ++k) {
       const std::int64_t slab = k % count;
-      const Part part = slabs.part(slab, k / count);
+      Part part = slabs.part(slab, k / count);
+      part.in_order = true;
       if (k < begin + count) pass.begin(part, tables.facts(slab));
       pass.write(part, tables.facts(slab));
     }

@@ -160,7 +160,7 @@ BRN_LANES void for_each_plane(const Part& part, F f) {
 template <typename T>
 void normalise_plane_by_plane(const Part& part, const T* x, const Affines<RealOf<T>>& a, T* y) {
   for_each_plane(part, [&](std::int64_t w, std::int64_t at) BRN_INLINED {
-    normalise_run<false>(part, affine_of<T>(a, w), x, y, at, part.plane, 0, 0);
+    normalise_run<Fetched::kNothing>(part, affine_of<T>(a, w), x, y, at, part.plane, 0, 0);
   });
 }
 
@@ -168,7 +168,7 @@ template <typename T>
 void project_plane_by_plane(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                             const Projections<RealOf<T>>& p, T* dx) {
   for_each_plane(part, [&](std::int64_t w, std::int64_t at) BRN_INLINED {
-    project_run<false>(part, Lanes<T>::of(centres[w]), projection_of<T>(p, w), dy, x, dx, at,
+    project_run<Fetched::kNothing>(part, Lanes<T>::of(centres[w]), projection_of<T>(p, w), dy, x, dx, at,
                        part.plane, 0, 0);
   });
 }

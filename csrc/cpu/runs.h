@@ -6,6 +6,7 @@
 #include "lanes.h"
 
 #include <cstdint>
+#include <type_traits>
 
 namespace brn::cpu {
 namespace {
@@ -71,6 +72,24 @@ BRN_LANES bool is_fetched_along(const Part& part) {
 }
 // Whether the next plane lies apart. A lone plane's neighbour does not, and prefetchers follow.
 BRN_LANES bool has_planes_apart(const Part& part) { return part.end - part.begin > part.plane; }
+
+// What is fetched, vector by vector.
+enum class Fetched {
+  kNothing,
+  kNextPlane,  // its same place
+  kAhead,      // what lies Part::ahead further on
+};
+template <Fetched kValue>
+using FetchedConstant = std::integral_constant<Fetched, kValue>;
+
+// Of what a part reads out of memory. `helps`: whether it does to fetch the next plane.
+template <typename T>
+BRN_LANES Fetched fetched_of(const Part& part, bool helps) {
+  if (part.ahead != 0 && (!has_planes_apart(part) || part.plane > kLongPlane<T>)) {
+    return Fetched::kAhead;
+  }
+  return helps && is_fetched_along<T>(part) ? Fetched::kNextPlane : Fetched::kNothing;
+}
 template <bool kToWrite = false, typename T>
 BRN_LANES void fetch_lines(const Part& part, const T* plane) {
   constexpr std::int64_t kLine = 64 / sizeof(T);

@@ -98,6 +98,8 @@ struct Slabs {
     part.within = first ? part.begin - planes * p.spatial : 0;
     part.offset = planes * part.stride + part.within;
     part.next = 0;
+    part.ahead = fetched_ahead_bytes() / size_of(p.dtype);
+    part.in_order = false;
     part.streamed = p.elements() * size_of(p.dtype) > kStreamedBytes;
     part.to_l1 = fetching_to_l1_pays();
     return part;

@@ -29,13 +29,19 @@ struct Entries {
 
   static bool is_narrow(const Part& part) { return part.width < kLanes<T>; }
 
-  // Calls f(w, along) for the channels of a part of kChannelsFirst, where `along` is constant.
+  // Calls f(w, fetched) for the channels of a part of kChannelsFirst, where `fetched` is constant.
   template <typename F>
-  static void for_each_channel(const Part& part, bool helps, F f) {
-    if (helps && is_fetched_along<T>(part)) {
-      for (std::int64_t w = 0; w < part.width; ++w) f(w, std::true_type{});
-    } else {
-      for (std::int64_t w = 0; w < part.width; ++w) f(w, std::false_type{});
+  static void for_each_channel(const Part& part, Fetched fetched, F f) {
+    const auto all = [&](auto constant) BRN_INLINED {
+      for (std::int64_t w = 0; w < part.width; ++w) f(w, constant);
+    };
+    switch (fetched) {
+      case Fetched::kNothing:
+        return all(FetchedConstant<Fetched::kNothing>{});
+      case Fetched::kNextPlane:
+        return all(FetchedConstant<Fetched::kNextPlane>{});
+      case Fetched::kAhead:
+        return all(FetchedConstant<Fetched::kAhead>{});
     }
   }
 
@@ -84,6 +90,13 @@ struct Entries {
     return has_planes_apart(part) || (BRN_VECTOR_BYTES == 64 && sizeof(T) != 2);
   }
 
+  // Of what has been read before, if not in_order.
+  static Fetched fetched_to_write(const Part& part) {
+    if (part.in_order) return fetched_of<T>(part, fetching_helps(part));
+    return fetching_helps(part) && is_fetched_along<T>(part) ? Fetched::kNextPlane
+                                                             : Fetched::kNothing;
+  }
+
   static void moments(const Part& part, const T* x, Real* pivot, Real* mean, Real* m2) {
     if (part.layout == Layout::kChannelsFirst) {
       // Of lone planes: float32, (1, 64, 56, 56), forward, one thread, 66 us, and 73 with fetching.
@@ -94,8 +107,10 @@ struct Entries {
       if (goes_plane_by_plane<T>(part)) {
         return moments_plane_by_plane(part, x, pivot, mean, m2);
       }
-      for_each_channel(part, helps, [&](std::int64_t w, auto along) BRN_INLINED {
-        const auto moments = channel_moments<along>(part, w, x, take_mean_pivot(part, w, x, pivot));
+      const Fetched fetched = fetched_of<T>(part, helps);
+      for_each_channel(part, fetched, [&](std::int64_t w, auto constant) BRN_INLINED {
+        const RealOf<T> mean_pivot = take_mean_pivot(part, w, x, pivot);
+        const auto moments = channel_moments<constant>(part, w, x, mean_pivot);
         mean[w] = moments.mean;
         m2[w] = moments.m2;
       });
@@ -110,8 +125,9 @@ struct Entries {
     if (part.layout == Layout::kChannelsFirst) {
       if (is_brief<T>(part)) return brief_channel_sums(part, dy, x, centres, out);
       if (goes_plane_by_plane<T>(part)) return sums_plane_by_plane(part, dy, x, centres, out);
-      for_each_channel(part, fetching_helps(part), [&](std::int64_t w, auto along) BRN_INLINED {
-        channel_sums<along>(part, w, dy, x, centres, out);
+      const Fetched fetched = fetched_of<T>(part, fetching_helps(part));
+      for_each_channel(part, fetched, [&](std::int64_t w, auto constant) BRN_INLINED {
+        channel_sums<constant>(part, w, dy, x, centres, out);
       });
     } else {
       is_narrow(part) ? narrow_sums(rows_of(part), dy, x, centres, out)
@@ -123,8 +139,8 @@ struct Entries {
     if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
       normalise_plane_by_plane(part, x, a, y);
     } else if (part.layout == Layout::kChannelsFirst) {
-      for_each_channel(part, fetching_helps(part), [&](std::int64_t w, auto along) BRN_INLINED {
-        channel_normalise<along>(part, w, x, a, y);
+      for_each_channel(part, fetched_to_write(part), [&](std::int64_t w, auto constant) BRN_INLINED {
+        channel_normalise<constant>(part, w, x, a, y);
       });
     } else {
       is_narrow(part) ? narrow_normalise(rows_of(part), x, a, y)
@@ -138,8 +154,8 @@ struct Entries {
     if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
       project_plane_by_plane(part, dy, x, centres, p, dx);
     } else if (part.layout == Layout::kChannelsFirst) {
-      for_each_channel(part, fetching_helps(part), [&](std::int64_t w, auto along) BRN_INLINED {
-        channel_project<along>(part, w, dy, x, centres, p, dx);
+      for_each_channel(part, fetched_to_write(part), [&](std::int64_t w, auto constant) BRN_INLINED {
+        channel_project<constant>(part, w, dy, x, centres, p, dx);
       });
     } else {
       is_narrow(part) ? narrow_project(rows_of(part), dy, x, centres, p, dx)
