@@ -1,5 +1,5 @@
-// The second-level cache of a core, in which a slab has to find room, and what its prefetchers leave
-// to be done.
+// The second-level cache of a core, in which a slab has to find room, and what its prefetchers
+// leave to be done.
 #pragma once
 
 #include <algorithm>
@@ -45,13 +45,14 @@ inline bool is_intel() {
 inline bool fetching_ahead_pays() { return !is_intel(); }
 
 // Bytes from what is read in a row to what is fetched, since prefetchers stop where a page ends; 0:
-// nothing. Emerald Rapids, one thread, without against with it: forward of (1, 64, 112, 112) float32
-// 410 and 334 us, of (1, 512, 28, 28) bfloat16 140 and 100, inference of (4, 512, 28, 28) bfloat16
-// 423 and 324; two kilobytes 352, 112 and 326, eight 332, 99 and 324. Others have not been measured.
+// nothing. Emerald Rapids, one thread, without against with it: forward of (1, 64, 112, 112)
+// float32 410 and 334 us, of (1, 512, 28, 28) bfloat16 140 and 100, inference of (4, 512, 28, 28)
+// bfloat16 423 and 324; two kilobytes 352, 112 and 326, eight 332, 99 and 324. Others have not been
+// measured.
 inline std::int64_t fetched_ahead_bytes() { return is_intel() ? 4096 : 0; }
 
-// Whether a short plane is fetched all the way to the L1. On Emerald Rapids, one thread, float32, so
-// against to the L2: forward and backward of (4, 2048, 7, 7) 1.16 and 1.12, of (4, 1024, 14, 14)
+// Whether a short plane is fetched all the way to the L1. On Emerald Rapids, one thread, float32,
+// so against to the L2: forward and backward of (4, 2048, 7, 7) 1.16 and 1.12, of (4, 1024, 14, 14)
 // 1.12 and 1.07 times as fast. Zen 4 loses by it: see fetch() in lanes.h.
 inline bool fetching_to_l1_pays() { return is_intel(); }
 

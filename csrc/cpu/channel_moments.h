@@ -189,8 +189,9 @@ BRN_LANES void brief_channel_moments(const Part& part, const T* x, RealOf<T>* pi
 template <typename T>
 void brief_channel_moments(const Part& part, const T* x, RealOf<T>* pivot, RealOf<T>* mean,
                            RealOf<T>* m2) {
-  part.ahead != 0 && !has_planes_apart(part) ? brief_channel_moments<true>(part, x, pivot, mean, m2)
-                                             : brief_channel_moments<false>(part, x, pivot, mean, m2);
+  part.ahead != 0 && !has_planes_apart(part)
+      ? brief_channel_moments<true>(part, x, pivot, mean, m2)
+      : brief_channel_moments<false>(part, x, pivot, mean, m2);
 }
 
 template <Fetched kFetched, typename T>

@@ -102,8 +102,8 @@ BRN_LANES void keep_sums(const SumRows<Real>& rows, std::int64_t w, double g, do
 
 // Of all channels of a part that is brief.
 template <bool kAhead, typename T>
-BRN_LANES void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
-                        const SumRows<RealOf<T>>& rows) {
+BRN_LANES void brief_channel_sums(const Part& part, const T* dy, const T* x,
+                                  const RealOf<T>* centres, const SumRows<RealOf<T>>& rows) {
   using Sum = ExactSum<Lanes<RealOf<T>>>;
   constexpr int kTogether = kTogetherAcross<T>;
   const std::int64_t planes = part.end / part.plane;
@@ -136,8 +136,9 @@ BRN_LANES void brief_channel_sums(const Part& part, const T* dy, const T* x, con
 template <typename T>
 void brief_channel_sums(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                         const SumRows<RealOf<T>>& rows) {
-  part.ahead != 0 && !has_planes_apart(part) ? brief_channel_sums<true>(part, dy, x, centres, rows)
-                                             : brief_channel_sums<false>(part, dy, x, centres, rows);
+  part.ahead != 0 && !has_planes_apart(part)
+      ? brief_channel_sums<true>(part, dy, x, centres, rows)
+      : brief_channel_sums<false>(part, dy, x, centres, rows);
 }
 
 template <Fetched kFetched, typename T>

@@ -7,8 +7,8 @@
 // 3 with AVX2: (32, 2048, 7, 7) forward 1.31 and 1.40, backward 1.38 and 1.53 times as fast; (32,
 // 1024, 14, 14) 1.12 and 1.23, 1.14 and 1.42; (32, 256, 14, 14) 1.04 and 1.13, 1.11 and 1.21.
 // Longer planes, or fewer: (32, 128, 28, 28) float32 0.74 and 0.67, (4, 1024, 14, 14) 0.71 and
-// 0.83. With AVX-512, Emerald Rapids: (32, 2048, 7, 7) 1.05 and 1.11, 1.06 and 1.04; of more than 512
-// bytes, (32, 1024, 14, 14) float32, 0.91 and 0.97.
+// 0.83. With AVX-512, Emerald Rapids: (32, 2048, 7, 7) 1.05 and 1.11, 1.06 and 1.04; of more than
+// 512 bytes, (32, 1024, 14, 14) float32, 0.91 and 0.97.
 #pragma once
 
 #include "accumulate.h"
@@ -168,8 +168,8 @@ template <typename T>
 void project_plane_by_plane(const Part& part, const T* dy, const T* x, const RealOf<T>* centres,
                             const Projections<RealOf<T>>& p, T* dx) {
   for_each_plane(part, [&](std::int64_t w, std::int64_t at) BRN_INLINED {
-    project_run<Fetched::kNothing>(part, Lanes<T>::of(centres[w]), projection_of<T>(p, w), dy, x, dx, at,
-                       part.plane, 0, 0);
+    project_run<Fetched::kNothing>(part, Lanes<T>::of(centres[w]), projection_of<T>(p, w), dy, x,
+                                   dx, at, part.plane, 0, 0);
   });
 }
 

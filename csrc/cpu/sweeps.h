@@ -36,12 +36,9 @@ struct Entries {
       for (std::int64_t w = 0; w < part.width; ++w) f(w, constant);
     };
     switch (fetched) {
-      case Fetched::kNothing:
-        return all(FetchedConstant<Fetched::kNothing>{});
-      case Fetched::kNextPlane:
-        return all(FetchedConstant<Fetched::kNextPlane>{});
-      case Fetched::kAhead:
-        return all(FetchedConstant<Fetched::kAhead>{});
+      case Fetched::kNothing: return all(FetchedConstant<Fetched::kNothing>{});
+      case Fetched::kNextPlane: return all(FetchedConstant<Fetched::kNextPlane>{});
+      case Fetched::kAhead: return all(FetchedConstant<Fetched::kAhead>{});
     }
   }
 
@@ -139,9 +136,9 @@ struct Entries {
     if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
       normalise_plane_by_plane(part, x, a, y);
     } else if (part.layout == Layout::kChannelsFirst) {
-      for_each_channel(part, fetched_to_write(part), [&](std::int64_t w, auto constant) BRN_INLINED {
-        channel_normalise<constant>(part, w, x, a, y);
-      });
+      for_each_channel(part, fetched_to_write(part),
+                       [&](std::int64_t w, auto constant)
+                           BRN_INLINED { channel_normalise<constant>(part, w, x, a, y); });
     } else {
       is_narrow(part) ? narrow_normalise(rows_of(part), x, a, y)
                       : wide_normalise(rows_of(part), x, a, y);
@@ -154,9 +151,10 @@ struct Entries {
     if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
       project_plane_by_plane(part, dy, x, centres, p, dx);
     } else if (part.layout == Layout::kChannelsFirst) {
-      for_each_channel(part, fetched_to_write(part), [&](std::int64_t w, auto constant) BRN_INLINED {
-        channel_project<constant>(part, w, dy, x, centres, p, dx);
-      });
+      for_each_channel(part, fetched_to_write(part),
+                       [&](std::int64_t w, auto constant) BRN_INLINED {
+                         channel_project<constant>(part, w, dy, x, centres, p, dx);
+                       });
     } else {
       is_narrow(part) ? narrow_project(rows_of(part), dy, x, centres, p, dx)
                       : wide_project(rows_of(part), dy, x, centres, p, dx);
