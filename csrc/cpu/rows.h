@@ -47,7 +47,8 @@ BRN_LANES bool are_reduced_together(const Rows& rows) {
 
 // Whether they are written several at a time, which spares loads of parameters. Inference, as
 // above: (32, 128, 28, 28) float32, 3,089 and 1,829, and bfloat16, rows of 256 bytes, 671 and 742;
-// (1, 2048, 7, 7) float32, where rows are cut into pieces, 62 and 71.
+// (1, 2048, 7, 7) float32, where rows are cut into pieces, 62 and 71. With AVX-512, Emerald Rapids,
+// rows that are not made of whole vectors: (8, 127, 17, 17) float32 168 and 108.
 template <typename T>
 BRN_LANES bool are_written_together(const Rows& rows) {
   constexpr std::int64_t kShort = 256 / sizeof(T);
