@@ -394,7 +394,7 @@ def test_the_readme_shows_the_results_that_are_committed(folder):
     assert kept["header"]["commit"] == results["header"]["commit"]
     assert machine.directory_name(results["header"]) == f"cpu/{folder}"
     for found in (results, kept):
-        rows = list(summary.beyond_the_cache(found))
+        rows = list(summary.of_large_tensors(found))
         assert len(rows) == 2 and "\n".join(rows) in readme
         assert not found["quick"] and "+changes" not in found["header"]["commit"]
 
