@@ -32,9 +32,7 @@ CUTS = [
     Case("S = 7", (33, 5, 7), "runs shorter than a vector"),
     Case("S = 49", (32, 70, 7, 7), "runs of three vectors and one value"),
     Case("S = 17", (40, 200, 17), "many short planes, of more channels than go together"),
-    Case(
-        "S = 63", (2, 37, 7, 9), "channels of few vectors, as many together as one has lanes, and 5"
-    ),
+    Case("S = 63", (2, 37, 7, 9), "channels of few vectors, summed in groups, the last not full"),
     Case("S = 812", (1, 21, 29, 28), "a lone image, whose planes follow each other"),
     Case("S = 195", (9, 20, 15, 13), "with AVX-512 too long to go plane by plane"),
     Case("S = 289", (6, 33, 17, 17), "runs of 18 vectors and one value"),

@@ -38,10 +38,10 @@ inline bool is_intel() {
 #endif
 }
 
-// Whether to fetch the next slab while one is written (see runs.h). It pays on AMD's Zen 3 and 4;
-// Intel's Emerald Rapids loses by it, forward and backward of one thread, float32 and bfloat16:
-// (32, 64, 56, 56) 1.09, 1.16, 1.13 and 1.10 times as fast without it, (8, 128, 28, 28) 1.14, 1.07,
-// 1.16 and 1.09.
+// Whether to fetch the next slab while one is written (see runs.h). It pays on both EPYCs of
+// slabs.h; Intel's Emerald Rapids loses by it, forward and backward of one thread, float32 and
+// bfloat16: (32, 64, 56, 56) 1.09, 1.16, 1.13 and 1.10 times as fast without it, (8, 128, 28,
+// 28) 1.14, 1.07, 1.16 and 1.09.
 inline bool fetching_ahead_pays() { return !is_intel(); }
 
 // Bytes from what is read in a row to what is fetched, since prefetchers stop where a page ends; 0:
@@ -53,7 +53,7 @@ inline std::int64_t fetched_ahead_bytes() { return is_intel() ? 4096 : 0; }
 
 // Whether a short plane is fetched all the way to the L1. On Emerald Rapids, one thread, float32,
 // so against to the L2: forward and backward of (4, 2048, 7, 7) 1.16 and 1.12, of (4, 1024, 14, 14)
-// 1.12 and 1.07 times as fast. Zen 4 loses by it: see fetch() in lanes.h.
+// 1.12 and 1.07 times as fast. The EPYC with AVX-512 loses by it: see fetch() in lanes.h.
 inline bool fetching_to_l1_pays() { return is_intel(); }
 
 }  // namespace brn::cpu

@@ -75,10 +75,11 @@ BRN_LANES std::int64_t vectors_of_plane(const Part& part) {
 }
 
 // A channel of few vectors has no time for chains and blocks: what comes after them would take
-// longer than they. (1, 2048, 7, 7) float32: sums 65 us with it and 44 without. Many of them in a
-// row are read once, though, not twice: forward and backward of (1, 512, 28, 28) float32 with
-// AVX-512, Emerald Rapids, 232 and 269 us, and 212 and 261 with it; with AVX2, (1, 512, 20, 20),
-// 132 and 145, 118 and 158.
+// longer than they. (1, 2048, 7, 7) float32: sums 65 us with them and 44 without. A plane of many
+// vectors has time for them, and is then read once for its moments, not twice. Forward and backward
+// of (1, 512, 28, 28) float32, 49 vectors with AVX-512, Emerald Rapids: 232 and 269 us as brief
+// channels, 212 and 261 in chains. With AVX2 a limit of a plane's own would gain as much as it
+// loses: (1, 512, 20, 20), 50 vectors, 132 and 145, 118 and 158.
 template <typename T>
 BRN_LANES bool is_brief(const Part& part) {
   constexpr std::int64_t kMost = 64;

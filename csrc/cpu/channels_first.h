@@ -34,8 +34,8 @@ BRN_LANES Projection<Lanes<T>> projection_of(const Projections<RealOf<T>>& p, st
   return {Lanes<T>::of(p.mean_g[w]), Lanes<T>::of(p.slope[w]), Lanes<T>::of(p.scale[w])};
 }
 
-// A run. `next` elements further on another is written, and `ahead` elements further on, if that is
-// not 0, what lies there is fetched.
+// A run. `next` elements further on another is written; `ahead` elements further on lies the next
+// slab, and is fetched, if that is not 0. Part::ahead is another matter: see Fetched.
 template <Fetched kFetched, typename T>
 BRN_LANES void normalise_run(const Part& part, const Affine<Lanes<T>>& affine, const T* x, T* y,
                              std::int64_t at, std::int64_t length, std::int64_t next,

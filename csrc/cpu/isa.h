@@ -34,7 +34,7 @@ struct Part {
   std::int64_t ahead;   // elements from what is read in a row to what is fetched; 0: nothing
   bool in_order;        // kChannelsFirst: parts are done in the order in which they lie in memory
   bool streamed;        // what is written goes past the caches, which are smaller
-  bool to_l1;           // where planes that are fetched at once go
+  bool to_l1;           // whether planes that are fetched at once go to the L1, not to the L2
 };
 
 // Parameters of `width` channels, as a struct of arrays.

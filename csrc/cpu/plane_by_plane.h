@@ -27,7 +27,8 @@ namespace {
 
 constexpr std::int64_t kShortPlaneBytes = BRN_VECTOR_BYTES == 64 ? 512 : 1024;
 
-// As slab_width() decides it, which makes a part of whole channels then.
+// slab_width() has the same limits. It does not know of planes that are cut, or shorter than a
+// vector: those go channel by channel.
 template <typename T>
 BRN_LANES bool goes_plane_by_plane(const Part& part) {
   const auto bytes = part.plane * static_cast<std::int64_t>(sizeof(T));
