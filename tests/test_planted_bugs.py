@@ -123,9 +123,9 @@ BUGS = [
     ),
     Bug(
         "pivots of the first lane alone",
-        "kernels/tile.cuh",
-        "pivot[0] += __shfl_xor_sync(kAllLanes, pivot[0], distance);",
-        "pivot[0] = __shfl_xor_sync(kAllLanes, pivot[0], distance);",
+        "kernels/pivot.cuh",
+        "pivot[0][k] += __shfl_xor_sync(kAllLanes, pivot[0][k], distance);",
+        "pivot[0][k] = __shfl_xor_sync(kAllLanes, pivot[0][k], distance);",
     ),
     Bug(
         "part of a block leaves before the barrier",

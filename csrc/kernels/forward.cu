@@ -17,6 +17,7 @@
 #include "launch.cuh"
 #include "launch.h"
 #include "moments.cuh"
+#include "pivot.cuh"
 #include "prefetch.cuh"
 #include "retain.cuh"
 #include "slab.cuh"
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     const T* x = static_cast<const T*>(params.x) + slab_offset;
     T* y = static_cast<T*>(params.y) + slab_offset;
 
-    Real pivot[kChannels];
-    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), p.spatial, pivot);
+    Real pivot[kPivotLoads<kLayout>][kChannels];
+    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), p, plan, pivot);
 
     // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
     const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         if (!fetched) read_state();
       }
       if (retained) Kept::keep(plan.retained_place(round), tile);
-      moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
+      moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot[0]));
     }
 
     ExactMoments<Real> total = block_merge(moments, plan.columns, plan.threads, records);

@@ -4,6 +4,7 @@
 #include "launch.cuh"
 #include "launch.h"
 #include "moments.cuh"
+#include "pivot.cuh"
 #include "prefetch.cuh"
 #include "slab.cuh"
 #include "tile.cuh"
@@ -37,8 +38,8 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const bool in_range = walk.in_range(p, channel0);
     const T* x = static_cast<const T*>(params.x) + walk.slab_offset(p, channel0);
 
-    Real pivot[kChannels];
-    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), p.spatial, pivot);
+    Real pivot[kPivotLoads<kLayout>][kChannels];
+    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), p, plan, pivot);
 
     typename Slot::Bits tile[kSlots];
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
         load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
       }
       if (round == 0) settle_pivots<kLayout>(plan, pivot, pivots);
-      moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot));
+      moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot[0]));
     }
 
     ExactMoments<Real> total = block_merge(moments, plan.columns, plan.threads, records);

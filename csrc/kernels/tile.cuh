@@ -43,43 +43,6 @@ __device__ __forceinline__ void load_tiles(typename Slot::Bits (&a_tile)[kSlots]
   }
 }
 
-// What the pivots of a thread's channels come from: in kChannelsLast they are the first row, in
-// kChannelsFirst the mean of the plane's first elements, one a lane.
-template <typename Slot, Layout kLayout, typename T, typename Real, int kChannels>
-__device__ __forceinline__ void load_pivots(const T* x, std::int64_t plane,
-                                            Real (&pivot)[kChannels]) {
-  if constexpr (kLayout == Layout::kChannelsFirst) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    pivot[0] = load_element(x + (lane < plane ? lane : plane - 1));
-  } else {
-    Slot::unpack(Slot::template load<Reuse::kAgain>(x), pivot);
-  }
-}
-
-// The pivots from that, behind the tile's loads: it waits. Equal values give exactly themselves.
-//
-// How far the mean is from the pivot is how coarsely each thread, warp and block rounds what it
-// hands on, and where few hand on, that counts: error of dweight in last places (the parity
-// harness's measure), dy of mean 3, one block of 25,088 float32 values a channel: 52 around the
-// first element, 9 so.
-//
-// `shared` gets those of the slab's channels.
-template <Layout kLayout, typename Real, int kChannels>
-__device__ __forceinline__ void settle_pivots(const Plan& plan, Real (&pivot)[kChannels],
-                                              Real* shared) {
-  if constexpr (kLayout == Layout::kChannelsFirst) {
-    pivot[0] *= Real(1) / Real(kWarp);
-#pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2)
-      pivot[0] += __shfl_xor_sync(kAllLanes, pivot[0], distance);
-  }
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < plan.columns) {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) shared[thread * kChannels + k] = pivot[k];
-  }
-}
-
 // One channel of a per-channel tensor, or `missing` where there is none.
 template <typename Real>
 __device__ __forceinline__ Real load_channel(const void* tensor, int channel, Real missing) {
