@@ -16,10 +16,11 @@ import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from sysconfig import get_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / "build" / "simt"
-SOURCES = (
+KERNELS = (
     "csrc/kernels/forward.cu",
     "csrc/kernels/backward.cu",
     "csrc/kernels/inference.cu",
@@ -27,8 +28,8 @@ SOURCES = (
     "csrc/kernels/merge.cu",
     "csrc/kernels/backward_sums.cu",
     "csrc/kernels/backward_project.cu",
-    "tests/simt/entry.cpp",
 )
+SOURCES = (*KERNELS, "tests/simt/entry.cpp")
 EMULATOR = (
     "tests/simt/block.cpp",
     "tests/simt/fiber.cpp",
@@ -123,14 +124,36 @@ def library(
     flags = FLAGS + (SANITIZE if sanitize else ()) + defines
     tasks = [(name, flags + (RACES if races else ())) for name in sources]
     tasks += [(name, flags + (RACES_EMULATOR if races else ())) for name in EMULATOR]
+    linked = ["-shared", "-pthread", *(SANITIZE if sanitize else ())]
+    if not sanitize and not races:
+        linked.append("-Wl,-z,defs")
+    return _link(root, tasks, linked, jobs)
+
+
+def binding(jobs: int = 2) -> Path:
+    """The library of binding.cpp: the CUDA operators on the emulator, for this process's torch."""
+    import torch
+
+    installed = Path(torch.__file__).parent
+    flags = (*FLAGS, "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+    flags += tuple(f"-isystem{path}" for path in (installed / "include", get_path("include")))
+    # The digest knows the headers of the project alone.
+    flags += (f"-DTORCH={torch.__version__}",)
+    tasks = [(name, FLAGS) for name in (*KERNELS, *EMULATOR)] + [("tests/simt/binding.cpp", flags)]
+    linked = ["-shared", "-pthread", f"-L{installed / 'lib'}", "-Wl,--no-as-needed", "-Wl,-z,defs"]
+    return _link(REPOSITORY, tasks, [*linked, "-ltorch", "-ltorch_cpu"], jobs)
+
+
+def _link(
+    root: Path, tasks: list[tuple[str, tuple[str, ...]]], flags: list[str], jobs: int
+) -> Path:
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(lambda t: compile_object(root / t[0], root, t[1]), tasks))
     target = CACHE / f"libsimt-{_digest(*flags, *(o.name for o in objects))}.so"
     if not target.exists():
-        linked = [compiler(), "-shared", "-pthread", *(SANITIZE if sanitize else ())]
-        if not sanitize and not races:
-            linked.append("-Wl,-z,defs")
-        _run_into(target, [*linked, *map(str, objects)])
+        libraries = [f for f in flags if f.startswith("-l")]
+        first = [f for f in flags if f not in libraries]
+        _run_into(target, [compiler(), *first, *map(str, objects), *libraries])
     return target
 
 

@@ -33,6 +33,7 @@ namespace {
 
 constexpr unsigned kMaxThreads = 1024;
 constexpr std::size_t kPage = 4096;
+constexpr int kGuardedResidents = 32;
 constexpr std::size_t kShared = 128;  // alignment of dynamic shared memory
 #if defined(SIMT_ASAN)
 constexpr std::size_t kStack = 256 * 1024;
@@ -116,7 +117,8 @@ class Worker {
     }
   }
 
-  // Each begins with a page that cannot be touched, so that an overflow ends the process.
+  // Each begins with a page that cannot be touched, so that an overflow ends the process. Where a
+  // large chip is full, not all do: Linux gives a process 65,530 mappings, and each page makes two.
   void reserve_stacks(unsigned threads) {
     if (threads <= stack_count_) return;
     forget_stacks();  // whatever comes to lie there next is not theirs
@@ -126,6 +128,7 @@ class Worker {
     if (memory == MAP_FAILED) std::abort();
     stacks_ = static_cast<char*>(memory);
     stack_count_ = threads;
+    if (resident_ >= kGuardedResidents) return;
     for (unsigned i = 0; i < threads; ++i) mprotect(stacks_ + i * kStack, kPage, PROT_NONE);
   }
 

@@ -28,7 +28,7 @@ int main() {
   const std::int64_t words = brn::control_words(kMostTeams);
 
   ControlPool pool;
-  FakeStream first{1}, second{2};
+  CUstream_st first{1}, second{2};
   unsigned* const eager = pool.slot(&first, kSms);
   EXPECT(pool.slot(&first, kSms) == eager);
   EXPECT(pool.slot(&second, kSms) != eager);
@@ -56,7 +56,7 @@ int main() {
   // Many slots: chunk after chunk, none twice, all zero and inside what was allocated.
   std::set<unsigned*> slots;
   for (unsigned long long id = 100; id < 300; ++id) {
-    FakeStream stream{id, id % 2 ? id : 0};
+    CUstream_st stream{id, id % 2 ? id : 0};
     unsigned* const slot = pool.slot(&stream, kSms);
     EXPECT(slots.insert(slot).second);
     EXPECT(in_a_chunk(slot, words));
@@ -85,10 +85,12 @@ int main() {
   EXPECT(poor.slot(&first, kSms) != nullptr);
 
   // One state a device, at a stable address.
+  fake.attributes[cudaDevAttrMultiProcessorCount] = 100;
   auto& zero = device_state(0);
+  fake.attributes[cudaDevAttrMultiProcessorCount] = 101;
   auto& one = device_state(1);
   EXPECT(&zero == &device_state(0) && &zero != &one);
-  EXPECT(zero.sm_count == 100 && one.sm_count == 101);
+  EXPECT(zero.sm_count == 100 && one.sm_count == 101 && zero.capability == 90);
   EXPECT(zero.control.slot(&first, 100) != one.control.slot(&first, 101));
 
   if (failures == 0) std::puts("ok");
