@@ -327,6 +327,12 @@ def test_launches_overhead_memory_and_dram():
     assert found["DRAM bytes: distance from the floor"] == ("holds", pytest.approx(0.05))
 
 
+@pytest.mark.parametrize("ran", [[[], []], [["forward_kernel"], []]])
+def test_launches_that_the_profiler_did_not_see_are_not_measured(ran):
+    results = _results([], launches=[{"case": "4-D", "ran": ran}])
+    assert verdicts(results)["kernel launches each way"][0] == "not measured"
+
+
 NCU = """==PROF== Connected to process 1
 "ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"
 "","","byte","byte"

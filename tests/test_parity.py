@@ -306,3 +306,21 @@ def test_a_device_that_cannot_be_used_is_one_clear_error(name, capsys):
     assert (
         capsys.readouterr().err.splitlines()[-1].startswith("python -m batchrenorm_cuda parity: ")
     )
+
+
+@pytest.mark.parametrize(
+    ("seen", "verdict"),
+    [
+        ([[], []], "skipped"),
+        ([["a kernel"], []], "0 launches"),
+        ([["a"], ["b", "c"]], "2 launches"),
+    ],
+)
+def test_a_profiler_that_may_not_look_is_no_fault(seen, verdict, monkeypatch):
+    """Where CUPTI is not allowed it records nothing at all; of one pass alone it is a fault."""
+    monkeypatch.setattr(situations, "launches", lambda case, device: tuple(seen))
+    try:
+        faults = situations.one_launch(CPU)
+    except situations.Skip as reason:
+        faults = [f"skipped: {reason}"]
+    assert verdict in faults[0]

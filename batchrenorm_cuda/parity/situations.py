@@ -269,7 +269,10 @@ def launches(case: Case, device: torch.device) -> tuple[list[str], list[str]]:
 def one_launch(device: torch.device) -> list[str]:
     faults = []
     for name in ("4-D", "channels_last", "256 x 256", "several blocks a channel", "several rounds"):
-        for way, ran in zip(("forward", "backward"), launches(_case(name), device), strict=True):
+        passes = launches(_case(name), device)
+        if not any(passes):
+            raise Skip("the profiler sees nothing that the device does (may it use CUPTI?)")
+        for way, ran in zip(("forward", "backward"), passes, strict=True):
             if len(ran) != 1:
                 faults.append(f"{name}, {way}: {len(ran)} launches, not 1: {', '.join(ran)}")
     return faults
