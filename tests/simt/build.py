@@ -140,8 +140,10 @@ def binding(jobs: int = 2) -> Path:
     # The digest knows the headers of the project alone.
     flags += (f"-DTORCH={torch.__version__}",)
     tasks = [(name, FLAGS) for name in (*KERNELS, *EMULATOR)] + [("tests/simt/binding.cpp", flags)]
-    linked = ["-shared", "-pthread", f"-L{installed / 'lib'}", "-Wl,--no-as-needed", "-Wl,-z,defs"]
-    return _link(REPOSITORY, tasks, [*linked, "-ltorch", "-ltorch_cpu"], jobs)
+    # Its own stand-ins, where a torch with CUDA has functions of the same name.
+    linked = ["-shared", "-pthread", "-Wl,-Bsymbolic", "-Wl,-z,defs", "-Wl,--no-as-needed"]
+    linked += [f"-L{installed / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    return _link(REPOSITORY, tasks, linked, jobs)
 
 
 def _link(
