@@ -1,4 +1,6 @@
-"""Who shares control words with whom, without a GPU: csrc/binding/workspace.h over a fake CUDA."""
+"""Who shares control words with whom and which plans are found again, without a GPU:
+csrc/binding/workspace.h and plans.h over a fake CUDA.
+"""
 
 import os
 import subprocess
@@ -28,23 +30,42 @@ def test_control_words(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("file", "right", "wrong"),
     [
-        ("key{status == cudaStreamCaptureStatusActive, capture, id}", "key{false, 0, id}"),
-        ("key{status == cudaStreamCaptureStatusActive, capture, id}", "key{false, capture, 0}"),
-        ("const RelaxedCapture relaxed;", ""),
-        ("if (error == cudaSuccess) error = cudaStreamSynchronize(stream);", ""),
-        ("next_ += words(sm_count);", "next_ += words(sm_count) / 2;"),
+        (
+            "workspace.h",
+            "key{status == cudaStreamCaptureStatusActive, capture, id}",
+            "key{false, 0, id}",
+        ),
+        (
+            "workspace.h",
+            "key{status == cudaStreamCaptureStatusActive, capture, id}",
+            "key{false, capture, 0}",
+        ),
+        ("workspace.h", "const RelaxedCapture relaxed;", ""),
+        (
+            "workspace.h",
+            "if (error == cudaSuccess) error = cudaStreamSynchronize(stream);",
+            "",
+        ),
+        ("workspace.h", "next_ += words(sm_count);", "next_ += words(sm_count) / 2;"),
+        ("plans.h", "!(known.problem == p)", "known.problem.batch != p.batch"),
+        ("plans.h", "known = {true, p, ", "known = {false, p, "),
     ],
-    ids=["captures share", "streams share", "strict capture", "not waited for", "slots overlap"],
-)
-def test_the_test_would_notice(tmp_path, right, wrong):
+    ids=[
+        "captures share", "streams share", "strict capture", "not waited for", "slots overlap",
+        "plans of others", "plans forgotten",
+    ],
+)  # fmt: skip
+def test_the_test_would_notice(tmp_path, file, right, wrong):
     broken = tmp_path / "csrc/binding"
     broken.mkdir(parents=True)
     (tmp_path / "csrc/core").symlink_to(ROOT / "csrc/core")
-    text = (ROOT / "csrc/binding/workspace.h").read_text()
-    assert right in text
-    (broken / "workspace.h").write_text(text.replace(right, wrong))
-    (broken / "require.h").symlink_to(ROOT / "csrc/binding/require.h")
+    for name in ("workspace.h", "plans.h", "require.h"):
+        text = (ROOT / "csrc/binding" / name).read_text()
+        if name == file:
+            assert right in text
+            text = text.replace(right, wrong)
+        (broken / name).write_text(text)
     done = run(broken, tmp_path)
     assert done.returncode != 0

@@ -47,9 +47,9 @@ Device planned_for(const DeviceState& state) {
 // once, without shared memory (the process may have asked for a large L1, which leaves less shared
 // memory), then on fewer SMs: another process may hold a part of it (MPS), or the stream may be
 // given a part of it only (green contexts).
-template <typename Planner, typename Run>
+template <typename Run>
 void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream_t stream,
-                 bool counts, bool proposes, Planner planner, Run run) {
+                 bool counts, bool proposes, Plans DeviceState::* plans, Run run) {
   DeviceState& state = device_state(x.get_device_index());
   std::optional<Tensor> proposals, partials;
   Workspace workspace;
@@ -58,8 +58,9 @@ void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream
     workspace.proposals = proposals->mutable_data_ptr();
   }
   cudaError_t error = cudaErrorUnknown;
-  for (Device device = planned_for(state); device.sm_count > 0;) {
-    const Plan plan = planner(p, device);
+  Device device = planned_for(state);
+  Plan plan = (state.*plans).of(p, device);
+  for (;;) {
     if (const std::int64_t bytes = partials_bytes(p, plan)) {
       partials = new_bytes(x, bytes);
       workspace.partials = partials->mutable_data_ptr();
@@ -73,6 +74,8 @@ void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream
     } else {
       device.sm_count /= 2;
     }
+    if (device.sm_count == 0) break;
+    plan = (state.*plans).planner()(p, device);
   }
   check_launch(error, pass);
 }
@@ -92,14 +95,15 @@ struct Cuda {
   static void forward(const Problem& p, const ForwardParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
     launch_team("forward", p, x, stream, params.num_batches_tracked || params.skip_nonfinite,
-                params.skip_nonfinite, plan_forward, [&](const Plan& plan, const Workspace& w) {
+                params.skip_nonfinite, &DeviceState::forward,
+                [&](const Plan& plan, const Workspace& w) {
                   return launch_forward(p, plan, params, w, stream);
                 });
   }
 
   static void backward(const Problem& p, const BackwardParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
-    launch_team("backward", p, x, stream, false, false, plan_backward,
+    launch_team("backward", p, x, stream, false, false, &DeviceState::backward,
                 [&](const Plan& plan, const Workspace& w) {
                   return launch_backward(p, plan, params, w, stream);
                 });
@@ -113,7 +117,7 @@ struct Cuda {
 
   static void moments(const Problem& p, const MomentsParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
-    launch_team("moments", p, x, stream, false, false, plan_forward,
+    launch_team("moments", p, x, stream, false, false, &DeviceState::forward,
                 [&](const Plan& plan, const Workspace& w) {
                   return launch_moments(p, plan, params, w, stream);
                 });
@@ -126,7 +130,7 @@ struct Cuda {
 
   static void backward_sums(const Problem& p, const BackwardSumsParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
-    launch_team("backward_sums", p, x, stream, false, false, plan_backward,
+    launch_team("backward_sums", p, x, stream, false, false, &DeviceState::backward,
                 [&](const Plan& plan, const Workspace& w) {
                   return launch_backward_sums(p, plan, params, w, stream);
                 });

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "../core/plan.h"
+#include "plans.h"
 #include "require.h"
 
 #include <cuda_runtime.h>
@@ -116,6 +117,8 @@ struct DeviceState {
   int shared_bytes = 0;  // of an SM
   int capability = 0;    // 10 * major + minor
   ControlPool control;
+  Plans forward{plan_forward};
+  Plans backward{plan_backward};
 };
 
 inline DeviceState& device_state(int device) {

@@ -23,6 +23,11 @@ struct Problem {
 
   BRN_HD constexpr std::int64_t reduced() const { return batch * spatial; }  // elements per channel
   BRN_HD constexpr std::int64_t elements() const { return batch * channels * spatial; }
+
+  friend constexpr bool operator==(const Problem& a, const Problem& b) {
+    return a.batch == b.batch && a.channels == b.channels && a.spatial == b.spatial &&
+           a.layout == b.layout && a.dtype == b.dtype && a.alignment == b.alignment;
+  }
 };
 
 // Bytes of one element of x, y, dy and dx.

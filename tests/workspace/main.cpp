@@ -1,4 +1,5 @@
-// Who shares control words with whom: csrc/binding/workspace.h over a fake CUDA runtime.
+// Who shares control words with whom, and which plans are found again: csrc/binding/workspace.h and
+// plans.h over a fake CUDA runtime.
 #include "../../csrc/binding/workspace.h"
 
 #include <cstdio>
@@ -7,6 +8,7 @@
 
 using brn::binding::ControlPool;
 using brn::binding::device_state;
+using brn::binding::Plans;
 
 #define EXPECT(condition)                                       \
   if (!(condition)) {                                           \
@@ -92,6 +94,40 @@ int main() {
   EXPECT(&zero == &device_state(0) && &zero != &one);
   EXPECT(zero.sm_count == 100 && one.sm_count == 101 && zero.capability == 90);
   EXPECT(zero.control.slot(&first, 100) != one.control.slot(&first, 101));
+
+  // Whatever came before, a plan is the one that the planner would make. More problems than there
+  // are places, neighbours that differ in one field, each asked for twice in a row and once more.
+  using brn::DType;
+  using brn::Layout;
+  int made = 0;
+  static int* const count = &made;
+  Plans plans([](const brn::Problem& p, const brn::Device& d) {
+    ++*count;
+    return brn::plan_forward(p, d);
+  });
+  const brn::Device device;
+  int asked = 0;
+  for (int again = 0; again < 2; ++again) {
+    for (std::int64_t batch = 1; batch < 8; ++batch) {
+      for (const std::int64_t channels : {3, 64, 256})
+        for (const std::int64_t spatial : {1, 49, 3136})
+          for (const Layout layout : {Layout::kChannelsFirst, Layout::kChannelsLast})
+            for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+              for (const int alignment : {4, 16}) {
+                const brn::Problem p{batch, channels, spatial, layout, dtype, alignment};
+                EXPECT(plans.of(p, device) == brn::plan_forward(p, device));
+                const int before = made;
+                EXPECT(plans.of(p, device) == brn::plan_forward(p, device));
+                EXPECT(made == before);
+                ++asked;
+              }
+    }
+  }
+  EXPECT(made <= asked);
+  const brn::Problem last{7, 256, 3136, Layout::kChannelsLast, DType::kFloat16, 16};
+  made = 0;
+  for (int k = 0; k < 100; ++k) plans.of(last, device);
+  EXPECT(made == 0);
 
   if (failures == 0) std::puts("ok");
   return failures != 0;
