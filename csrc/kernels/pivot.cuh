@@ -39,8 +39,8 @@ __device__ __forceinline__ void load_pivots(const T* x, const Problem& p, const 
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int row = (i * kWarp + lane) / plan.columns;
-      Slot::unpack(Slot::template load<Reuse::kAgain>(x + (row < last ? row : last) * p.channels),
-                   pivot[i]);
+      const T* const from = x + (row < last ? row : last) * p.channels;
+      Slot::unpack(Slot::template load<Reuse::kByEveryWarp>(from), pivot[i]);
     }
   }
 }

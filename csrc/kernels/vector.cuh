@@ -39,14 +39,17 @@ __device__ __forceinline__ void keep_packed(Words<kWords>& bits) {
 }
 
 // kOnce: the last time this launch reads the address. kAgain: it will read it again, from L2 if it
-// is still there. kShared: it is in shared memory.
-enum class Reuse { kOnce, kAgain, kShared };
+// is still there. kByEveryWarp: the block's other warps read it now, through the L1. kShared: it is
+// in shared memory.
+enum class Reuse { kOnce, kAgain, kByEveryWarp, kShared };
 
 template <Reuse kReuse, typename V>
 __device__ __forceinline__ V load_bits(const void* p) {
   const V* typed = static_cast<const V*>(p);
   if constexpr (kReuse == Reuse::kShared) {
     return *typed;
+  } else if constexpr (kReuse == Reuse::kByEveryWarp) {
+    return __ldca(typed);
   } else {
     return kReuse == Reuse::kOnce ? __ldcs(typed) : __ldcg(typed);
   }

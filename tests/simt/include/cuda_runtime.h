@@ -140,6 +140,11 @@ T __ldcs(const T* p, SIMT_SITE) {
   return *p;
 }
 template <typename T>
+T __ldca(const T* p, SIMT_SITE) {
+  ::simt::check_access(SIMT_HERE, p, alignof(T));
+  return *p;
+}
+template <typename T>
 T __ldcg(const T* p, SIMT_SITE) {
   ::simt::check_access(SIMT_HERE, p, alignof(T));
   return *p;
