@@ -16,10 +16,10 @@ TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def run(*command: str, **environment: str) -> str:
+def run(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False,
-        env={**ENVIRONMENT, **environment}, cwd=TESTS.parent,
+        env=ENVIRONMENT, cwd=TESTS.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
@@ -146,5 +146,35 @@ assert equal(layer.state(), before), "moved by a NaN"
 layer.x = x
 layer.step(True)
 assert layer.steps == 2 and not equal(layer.state(), before)
+assert operators.control_words_in_use() == 0
+""")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (209, "no forward kernel was built for this GPU. Build again with TORCH_CUDA_ARCH_LIST"),
+        (98, "no forward kernel was built for this GPU"),
+        (719, "batchrenorm_cuda: forward: cudaErrorLaunchFailure: "),
+        (2, "batchrenorm_cuda: cudaMalloc of control words: "),
+    ],
+)
+def test_a_launch_that_fails_is_one_error_and_changes_nothing(error, says):
+    """And the next one is as if it had not been."""
+    program(f"""
+layer, alone = Layer((8, 4, 56, 56)), Layer((8, 4, 56, 56))
+alone.x, alone.dy = layer.x, layer.dy
+operators = take_over()
+operators.fail({error})
+before = [t.clone() for t in layer.state()]
+try:
+    layer.step()
+except RuntimeError as error:
+    assert {says!r} in str(error), error
+else:
+    raise AssertionError("no error")
+assert equal(layer.state(), before)
+operators.fail(0)
+assert equal((*layer.step(), *layer.state()), (*alone.step(), *alone.state()))
 assert operators.control_words_in_use() == 0
 """)

@@ -95,7 +95,7 @@ struct Cuda {
   static void forward(const Problem& p, const ForwardParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
     launch_team("forward", p, x, stream, params.num_batches_tracked || params.skip_nonfinite,
-                params.skip_nonfinite, &DeviceState::forward,
+                params.skip_nonfinite, &DeviceState::forward_plans,
                 [&](const Plan& plan, const Workspace& w) {
                   return launch_forward(p, plan, params, w, stream);
                 });
@@ -103,7 +103,7 @@ struct Cuda {
 
   static void backward(const Problem& p, const BackwardParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
-    launch_team("backward", p, x, stream, false, false, &DeviceState::backward,
+    launch_team("backward", p, x, stream, false, false, &DeviceState::backward_plans,
                 [&](const Plan& plan, const Workspace& w) {
                   return launch_backward(p, plan, params, w, stream);
                 });
@@ -117,7 +117,7 @@ struct Cuda {
 
   static void moments(const Problem& p, const MomentsParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
-    launch_team("moments", p, x, stream, false, false, &DeviceState::forward,
+    launch_team("moments", p, x, stream, false, false, &DeviceState::forward_plans,
                 [&](const Plan& plan, const Workspace& w) {
                   return launch_moments(p, plan, params, w, stream);
                 });
@@ -130,7 +130,7 @@ struct Cuda {
 
   static void backward_sums(const Problem& p, const BackwardSumsParams& params, const Tensor& x) {
     const cudaStream_t stream = current_stream(x);
-    launch_team("backward_sums", p, x, stream, false, false, &DeviceState::backward,
+    launch_team("backward_sums", p, x, stream, false, false, &DeviceState::backward_plans,
                 [&](const Plan& plan, const Workspace& w) {
                   return launch_backward_sums(p, plan, params, w, stream);
                 });

@@ -117,8 +117,8 @@ struct DeviceState {
   int shared_bytes = 0;  // of an SM
   int capability = 0;    // 10 * major + minor
   ControlPool control;
-  Plans forward{plan_forward};
-  Plans backward{plan_backward};
+  Plans forward_plans{plan_forward};
+  Plans backward_plans{plan_backward};
 };
 
 inline DeviceState& device_state(int device) {

@@ -100,6 +100,13 @@ std::int64_t simt_control_words_in_use() {
 // Launches that were too large for what is lent of the chip.
 std::int64_t simt_refused() { return fake.refused; }
 
+// Every launch fails with this cudaError_t from here on; and so does every allocation of the
+// binding's own, if that is cudaErrorMemoryAllocation.
+void simt_fail(int error) {
+  fake.out_of_memory = error == cudaErrorMemoryAllocation;
+  fake.launch_error = static_cast<cudaError_t>(error);
+}
+
 // What the import of batchrenorm_cuda has found out, for this library's operators too.
 void simt_trust_saved_tensor_hooks(int legible) { brn::binding::hooks_are_legible = legible != 0; }
 

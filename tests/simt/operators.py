@@ -8,8 +8,6 @@ As a plugin of pytest it runs tests that know nothing of it, with tensors on the
 from __future__ import annotations
 
 import ctypes
-import os
-import warnings
 
 import torch
 
@@ -19,12 +17,11 @@ from . import build
 
 
 class Operators:
-    """The library behind them. What a launch does to its chip, see Emulator."""
+    """The library behind them."""
 
     def __init__(self, sms: int, lent: int, order: int, seed: int) -> None:
         path = build.binding()
-        with warnings.catch_warnings():
-            torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))
         self.library = ctypes.CDLL(str(path))
         for name in ("simt_captured", "simt_control_words_in_use", "simt_refused"):
             getattr(self.library, name).restype = ctypes.c_int64
@@ -42,6 +39,10 @@ class Operators:
     def replay(self, capture: int) -> None:
         if error := self.library.simt_replay(ctypes.c_ulonglong(capture)):
             raise RuntimeError(f"a launch that was captured: CUDA error {error}")
+
+    def fail(self, error: int) -> None:
+        """Every launch does, with this CUDA error; allocations too, if it is of memory."""
+        self.library.simt_fail(error)
 
     def refused(self) -> int:
         """Launches of more blocks than could be had at once."""
@@ -62,7 +63,7 @@ _running: Operators | None = None
 
 def pytest_configure() -> None:
     global _running
-    _running = take_over(int(os.environ.get("SIMT_SMS", "6")))
+    _running = take_over()
 
 
 def pytest_sessionfinish(session) -> None:

@@ -106,7 +106,6 @@ int main() {
     return brn::plan_forward(p, d);
   });
   const brn::Device device;
-  int asked = 0;
   for (int again = 0; again < 2; ++again) {
     for (std::int64_t batch = 1; batch < 8; ++batch) {
       for (const std::int64_t channels : {3, 64, 256})
@@ -119,15 +118,9 @@ int main() {
                 const int before = made;
                 EXPECT(plans.of(p, device) == brn::plan_forward(p, device));
                 EXPECT(made == before);
-                ++asked;
               }
     }
   }
-  EXPECT(made <= asked);
-  const brn::Problem last{7, 256, 3136, Layout::kChannelsLast, DType::kFloat16, 16};
-  made = 0;
-  for (int k = 0; k < 100; ++k) plans.of(last, device);
-  EXPECT(made == 0);
 
   if (failures == 0) std::puts("ok");
   return failures != 0;

@@ -50,6 +50,7 @@ struct FakeRuntime {
       {cudaDevAttrComputeCapabilityMinor, 0}};
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
   bool out_of_memory = false;
+  cudaError_t launch_error = cudaSuccess;  // of every launch
   int errors_cleared = 0;
   int refused = 0;       // cooperative launches
   int unsafe_calls = 0;  // that a capture in global mode would not have survived

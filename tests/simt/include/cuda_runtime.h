@@ -239,6 +239,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       config->blockDim.z != 1) {
     return cudaErrorInvalidConfiguration;
   }
+  if (fake.launch_error != cudaSuccess) return fake.launch_error;
   // A GPU allows every kernel 48 KB, static arrays included, without being asked.
   if (config->dynamicSmemBytes >
       ::simt::dynamic_shared_allowed(reinterpret_cast<const void*>(kernel))) {
