@@ -61,6 +61,8 @@ void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream
   Device device = planned_for(state);
   Plan plan = (state.*plans).of(p, device);
   for (;;) {
+    require(plan.share <= kMostShare, "x of ", p.elements(), " elements is too large for the ",
+            device.sm_count, " multiprocessors of the GPU that this process may use");
     if (const std::int64_t bytes = partials_bytes(p, plan)) {
       partials = new_bytes(x, bytes);
       workspace.partials = partials->mutable_data_ptr();

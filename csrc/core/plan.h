@@ -12,6 +12,7 @@
 //   lanes * columns channels wide
 #pragma once
 
+#include "divisor.h"
 #include "types.h"
 
 #include <cstdint>
@@ -61,10 +62,10 @@ BRN_HD constexpr int slots_per_thread(Pass pass, int slot_bytes) {
 // How many partial results of a team a thread has on their way from L2 at a time. Where a slab is a
 // stripe of channels it merges up to some hundred of them, and one by one each would cost a way to
 // L2 and back; of a channel by itself, one or two. With slots of two bytes the forward kernel has
-// registers for two (4: 36 bytes of spills; ptxas, sm_75).
+// registers for four (8: 16 bytes of spills; ptxas, sm_90).
 BRN_HD constexpr int records_ahead(Layout layout, int slot_bytes) {
   if (layout == Layout::kChannelsFirst) return 1;
-  return slot_bytes == 2 ? 2 : 8;
+  return slot_bytes == 2 ? 4 : 8;
 }
 
 // What a block that prefetches has of shared memory for it: a second set of all that its registers
@@ -136,31 +137,46 @@ constexpr std::int64_t positions(const Problem& p, int slot_bytes) {
                                             : p.reduced();
 }
 
+constexpr std::int64_t kMostInt = 0x7fffffff;
+
+// Positions that a block owns, at most, so that they are counted in 32 bits, a round beyond their
+// end included. A slab with more for each resident block has 2^39 slots on an H200.
+constexpr std::int64_t kMostShare = std::int64_t{1} << 30;
+
 // How a thread steps from one of its slots to the next, a block's whole pass further on. Computed
-// once on the host, so that the kernels find it in constant memory and spend no registers on it.
-// `plane` counts slots; in kChannelsLast there are none.
+// once on the host, so that the kernels find it in constant memory and spend neither registers nor
+// divisions on it. `plane` counts slots; in kChannelsLast there are none.
 struct Stride {
-  std::int64_t step = 0;   // elements from a slot to the next
-  std::int64_t gap = 0;    // elements more when that leaves the plane: the other channels' planes
-  std::int64_t plane = 1;  // slots of a plane
-  int plane_step = 0;      // slots that a step moves on inside a plane
-  int pass = 0;            // positions that a block covers at once
+  std::int64_t step = 0;       // bytes from a slot to the next
+  std::int64_t leap = 0;       // bytes when that leaves the plane: over the other channels' planes
+  std::int64_t plane = 1;      // slots of a plane
+  int plane_slots = 1;         // the same, or 2^31 - 1 where that is less
+  int plane_step = 0;          // slots that a step moves on inside a plane
+  int pass = 0;                // positions that a block covers at once
+  int share = 0;               // positions that a block owns, the last of a team maybe fewer
   std::int64_t positions = 0;  // of a slab
+  Divisor by_plane;
+  Divisor by_team;
 };
 
 constexpr Stride stride(const Problem& p, const Plan& plan) {
   Stride s;
   s.positions = positions(p, plan.slot_bytes);
   s.pass = plan.positions_per_pass();
+  s.share = static_cast<int>(plan.share);
+  s.by_team = Divisor(plan.team);
   if (p.layout == Layout::kChannelsLast) {
-    s.step = s.pass * p.channels;
+    s.step = s.pass * p.channels * size_of(p.dtype);
     return s;
   }
   s.plane = p.spatial / lanes(p, plan);
+  s.plane_slots = static_cast<int>(s.plane < kMostInt ? s.plane : kMostInt);
+  s.by_plane = Divisor(s.plane);
   const std::int64_t planes = s.pass / s.plane;
   s.plane_step = static_cast<int>(s.pass - planes * s.plane);
-  s.step = planes * p.channels * p.spatial + std::int64_t{s.plane_step} * lanes(p, plan);
-  s.gap = (p.channels - 1) * p.spatial;
+  s.step = planes * p.channels * p.spatial * size_of(p.dtype) +
+           std::int64_t{s.plane_step} * plan.slot_bytes;
+  s.leap = s.step + (p.channels - 1) * p.spatial * size_of(p.dtype);
   return s;
 }
 

@@ -64,22 +64,20 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   __shared__ ChannelState<Real> states[kSlab];
   __shared__ Projection<Real> projections[kSlab];
 
-  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const Walk<kLayout, Slot> walk(plan, stride);
   const int thread = static_cast<int>(threadIdx.x);
-  const int channels = plan.columns * kChannels;
+  const int channels = walk.channels();
+  const T* const x = static_cast<const T*>(params.x);
+  const T* const dy = static_cast<const T*>(params.dy);
+  T* const dx = static_cast<T*>(params.dx);
 
-  int parity = 0;
-  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
+  for (int wave = 0, slab = walk.team(); slab < plan.slabs;
+       slab = walk.team() + ++wave * plan.teams) {
     const int channel0 = slab * channels;
     const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
     const bool in_range = walk.in_range(p, channel0);
     const bool finishes =
-        thread < channels && channel0 + thread < p.channels;  // a channel, once its sums are known
-    const std::int64_t slab_offset = walk.slab_offset(p, channel0);
-    const T* x = static_cast<const T*>(params.x) + slab_offset;
-    const T* dy = static_cast<const T*>(params.dy) + slab_offset;
-    T* dx = static_cast<T*>(params.dx) + slab_offset;
-
+        thread < walk.channels(p, channel0);  // a channel, once its sums are known
     Real centre[kChannels];
 #pragma unroll
     for (int k = 0; k < kChannels; ++k)
@@ -99,24 +97,23 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     typename Slot::Bits dy_tile[kSlots];
     SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
-      const int left = in_range ? walk.left(piece) : 0;
-      Cursor cursor = walk.begin(p, piece);
+      const int slots = in_range ? walk.slots(piece) : 0;
+      Cursor cursor = walk.begin(p, channel0, piece);
       const bool retained = plan.retains(round);
       if (round + 1 < plan.rounds && !retained) {
-        load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, left, cursor, walk);
+        load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, slots, cursor, walk);
       } else if (fetched) {
-        Next::take(left, walk, x_tile, dy_tile);
+        Next::take(slots, x_tile, dy_tile);
       } else {
-        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
       }
       if (retained) Kept::keep(plan.retained_place(round), x_tile, dy_tile);
       if (round == 0 && !fetched) read_state();
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    Sums<Real> total = slab_sums<Slot, kLayout, Next>(
-        sums, p, plan, slab, channels, walk, parity, workspace, records,
-        static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
+    Sums<Real> total = slab_sums<Slot, kLayout, Next>(sums, p, plan, slab, channels, walk, wave % 2,
+                                                      workspace, records, x, dy);
     if (finishes) {
       const int c = channel0 + thread;
       const ChannelState<Real> state = states[thread];
@@ -135,32 +132,30 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     for (int k = 0; k < kChannels; ++k) projected[k] = projections[mine + k];
     for (int round = plan.rounds - 1; round >= 0; --round) {
       const int piece = walk.piece(round);
-      const int left = in_range ? walk.left(piece) : 0;
-      Cursor cursor = walk.begin(p, piece);
+      const int slots = in_range ? walk.slots(piece) : 0;
+      Cursor cursor = walk.begin(p, channel0, piece);
       forget_the_way(cursor);
       if (plan.retains(round)) {
         Kept::take(plan.retained_place(round), x_tile, dy_tile);
       } else if (round + 1 < plan.rounds) {
-        Cursor again = cursor;
-        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, again, walk);
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
       }
+      char* to = at(dx, cursor);
 #pragma unroll
       for (int v = 0; v < kSlots; ++v) {
-        if (walk.has(v, left)) {
-          keep_packed(x_tile[v]);
-          keep_packed(dy_tile[v]);
-          Real value[Slot::kLanes];
-          Real g[Slot::kLanes];
-          Slot::unpack(x_tile[v], value);
-          Slot::unpack(dy_tile[v], g);
+        keep_packed(x_tile[v]);
+        keep_packed(dy_tile[v]);
+        Real value[Slot::kLanes];
+        Real g[Slot::kLanes];
+        Slot::unpack(x_tile[v], value);
+        Slot::unpack(dy_tile[v], g);
 #pragma unroll
-          for (int i = 0; i < Slot::kLanes; ++i) {
-            const int k = channel_of<kLayout>(i);
-            value[i] = apply(projected[k], g[i], value[i] - centre[k]);
-          }
-          Slot::store(dx + cursor.offset, value);
+        for (int i = 0; i < Slot::kLanes; ++i) {
+          const int k = channel_of<kLayout>(i);
+          value[i] = apply(projected[k], g[i], value[i] - centre[k]);
         }
-        walk.advance(cursor);
+        if (v < slots) Slot::store(to, value);
+        to += walk.advance(cursor.plane_left);
       }
     }
   }

@@ -31,22 +31,20 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kSlots = slots_per_thread(Pass::kBackward, kSlotBytes);
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
 
-  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
-  const int channel0 = walk.team() * plan.columns * kChannels;
+  const Walk<kLayout, Slot> walk(plan, stride);
+  const int channel0 = walk.team() * walk.channels();
   const int mine = walk.column() * kChannels;
   if (channel0 + mine >= p.channels) return;
-  const std::int64_t slab_offset =
-      kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
-  const T* x = static_cast<const T*>(params.x) + slab_offset;
-  const T* dy = static_cast<const T*>(params.dy) + slab_offset;
-  T* dx = static_cast<T*>(params.dx) + slab_offset;
+  const T* const x = static_cast<const T*>(params.x);
+  const T* const dy = static_cast<const T*>(params.dy);
+  T* const dx = static_cast<T*>(params.dx);
 
-  const int left = walk.left(0);
-  const Cursor first = walk.begin(p, 0);
+  const int slots = walk.slots(0);
+  const Cursor first = walk.begin(p, channel0, 0);
   Cursor cursor = first;
   typename Slot::Bits x_tile[kSlots];
   typename Slot::Bits dy_tile[kSlots];
-  load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
+  load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
 
   Real centre[kChannels];
   Projection<Real> projected[kChannels];
@@ -58,23 +56,22 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 
   cursor = first;
   forget_the_way(cursor);
+  char* to = at(dx, cursor);
 #pragma unroll
   for (int v = 0; v < kSlots; ++v) {
-    if (walk.has(v, left)) {
-      keep_packed(x_tile[v]);
-      keep_packed(dy_tile[v]);
-      Real value[Slot::kLanes];
-      Real g[Slot::kLanes];
-      Slot::unpack(x_tile[v], value);
-      Slot::unpack(dy_tile[v], g);
+    keep_packed(x_tile[v]);
+    keep_packed(dy_tile[v]);
+    Real value[Slot::kLanes];
+    Real g[Slot::kLanes];
+    Slot::unpack(x_tile[v], value);
+    Slot::unpack(dy_tile[v], g);
 #pragma unroll
-      for (int i = 0; i < Slot::kLanes; ++i) {
-        const int k = channel_of<kLayout>(i);
-        value[i] = apply(projected[k], g[i], value[i] - centre[k]);
-      }
-      Slot::store(dx + cursor.offset, value);
+    for (int i = 0; i < Slot::kLanes; ++i) {
+      const int k = channel_of<kLayout>(i);
+      value[i] = apply(projected[k], g[i], value[i] - centre[k]);
     }
-    walk.advance(cursor);
+    if (v < slots) Slot::store(to, value);
+    to += walk.advance(cursor.plane_left);
   }
 }
 

@@ -26,19 +26,17 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   using Next = Prefetch<Slot, kSlots, 2>;
   __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
 
-  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const Walk<kLayout, Slot> walk(plan, stride);
   const int thread = static_cast<int>(threadIdx.x);
-  const int channels = plan.columns * kChannels;
+  const int channels = walk.channels();
+  const T* const x = static_cast<const T*>(params.x);
+  const T* const dy = static_cast<const T*>(params.dy);
 
-  int parity = 0;
-  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
+  for (int wave = 0, slab = walk.team(); slab < plan.slabs;
+       slab = walk.team() + ++wave * plan.teams) {
     const int channel0 = slab * channels;
     const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
     const bool in_range = walk.in_range(p, channel0);
-    const std::int64_t slab_offset = walk.slab_offset(p, channel0);
-    const T* x = static_cast<const T*>(params.x) + slab_offset;
-    const T* dy = static_cast<const T*>(params.dy) + slab_offset;
-
     Real centre[kChannels];
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
@@ -49,21 +47,20 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     typename Slot::Bits dy_tile[kSlots];
     SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
-      const int left = in_range ? walk.left(piece) : 0;
-      Cursor cursor = walk.begin(p, piece);
+      const int slots = in_range ? walk.slots(piece) : 0;
+      Cursor cursor = walk.begin(p, channel0, piece);
       if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
-        Next::take(left, walk, x_tile, dy_tile);
+        Next::take(slots, x_tile, dy_tile);
       } else {
-        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, left, cursor, walk);
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
       }
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    Sums<Real> total = slab_sums<Slot, kLayout, Next>(
-        sums, p, plan, slab, channels, walk, parity, workspace, records,
-        static_cast<const T*>(params.x), static_cast<const T*>(params.dy));
+    Sums<Real> total = slab_sums<Slot, kLayout, Next>(sums, p, plan, slab, channels, walk, wave % 2,
+                                                      workspace, records, x, dy);
     const int c = channel0 + thread;
-    if (walk.rank() == 0 && thread < channels && c < p.channels) {
+    if (walk.rank() == 0 && thread < walk.channels(p, channel0)) {
       const ChannelStats<Real> stats = stats_of<Real>(params.stats, p.channels, c);
       total = around_mean(total, stats.residue);
       params.sums[c] = static_cast<double>(total.g);

@@ -3,9 +3,11 @@
 // the control words ready for the next, all counts zero.
 #pragma once
 
+#include "../core/divisor.h"
 #include "../core/math.h"
 #include "../core/plan.h"
 #include "launch.h"
+#include "registers.cuh"
 
 #include <cuda_runtime.h>
 
@@ -83,7 +85,8 @@ enum class Ticket { kHasRead, kHasWritten };
 // answer.
 template <Ticket kTicket>
 __device__ __forceinline__ unsigned take_ticket(const Workspace& w) {
-  const unsigned last = gridDim.x - 1;
+  int last = static_cast<int>(gridDim.x) - 1;
+  compute_here(last);
 #if defined(__CUDACC__)
   unsigned old;
   if constexpr (kTicket == Ticket::kHasRead) {
@@ -99,11 +102,11 @@ __device__ __forceinline__ unsigned take_ticket(const Workspace& w) {
   }
   return old;
 #else
-  return atomicInc(ticket_word(w), last);
+  return atomicInc(ticket_word(w), static_cast<unsigned>(last));
 #endif
 }
 
-__device__ __forceinline__ bool is_last(unsigned ticket) { return ticket == gridDim.x - 1; }
+__device__ __forceinline__ bool is_last(unsigned ticket) { return ticket + 1 == gridDim.x; }
 
 template <typename Real>
 using PairOf = std::conditional_t<std::is_same<Real, double>::value, double2, float2>;
@@ -128,7 +131,7 @@ class Partials {
 
   // What the first rank has published first of the channel that for_each() gives this thread.
   __device__ __forceinline__ Real first() const {
-    return __ldcg(pairs_ + threadIdx.x % static_cast<unsigned>(channels_)).x;
+    return __ldcg(pairs_ + (threadIdx.x & static_cast<unsigned>(channels_ - 1))).x;
   }
 
   // Calls f(rank, first, second), in the order of ranks, for what this thread has to merge: of the
@@ -136,11 +139,12 @@ class Partials {
   // hold what an earlier slab left there.
   template <int kAhead, typename F>
   __device__ __forceinline__ void for_each(const Plan& plan, F f) const {
-    const unsigned channels = static_cast<unsigned>(channels_);
-    const int step = static_cast<int>(static_cast<unsigned>(plan.threads) / channels);
+    const int bits = bits_of(channels_);
+    const int step = plan.threads >> bits;
     const Pair* pair = pairs_ + threadIdx.x;
-    for (int rank = static_cast<int>(threadIdx.x / channels); rank < plan.team;
-         rank += kAhead * step, pair += kAhead * plan.threads) {
+    int rank = static_cast<int>(threadIdx.x) >> bits;
+    compute_here(rank);
+    for (; rank < plan.team; rank += kAhead * step, pair += kAhead * plan.threads) {
       Pair ahead[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k)

@@ -52,10 +52,9 @@ template <typename Real>
 __device__ __forceinline__ void move_running(const ForwardParams& params, const Problem& p,
                                              const Workspace& workspace, int c,
                                              const PivotedMoments<Real>& all,
-                                             const Running<Real>& running, Real momentum) {
+                                             const Running<Real>& running, const Step<Real>& step) {
   if (params.running_mean) {
-    const Running<Real> next =
-        moved(running, all.moments, all.pivot, static_cast<Real>(params.epsilon), momentum);
+    const Running<Real> next = moved(running, all.moments, all.pivot, step.epsilon, step.momentum);
     Real* mean =
         static_cast<Real*>(params.skip_nonfinite ? workspace.proposals : params.running_mean);
     Real* std = params.skip_nonfinite ? mean + p.channels : static_cast<Real*>(params.running_std);
@@ -92,7 +91,7 @@ __device__ __forceinline__ void commit_if_finite(const ForwardParams& params, co
 // The planner counts on blocks_per_sm(). Slots of two bytes leave registers for a block more, which
 // they need: 16 of them a thread are 8 KB in flight a block, where an SM takes about 26 at a time.
 template <typename T, Layout kLayout, int kSlotBytes>
-constexpr int kBlocks = kSlotBytes == 2 ? 4 : blocks_per_sm(kLayout, sizeof(T));
+constexpr int kBlocks = blocks_per_sm(kLayout, sizeof(T)) + (kSlotBytes == 2 ? 1 : 0);
 
 template <typename T, Layout kLayout, int kSlotBytes>
 __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>))
@@ -110,86 +109,92 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
   __shared__ AffineRows<Real, kSlab> affines;
   __shared__ Step<Real> step;
 
-  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const Walk<kLayout, Slot> walk(plan, stride);
   const int thread = static_cast<int>(threadIdx.x);
-  const int channels = plan.columns * kChannels;
+  const int channels = walk.channels();
+  const int own = kSlab == 1 ? 0 : thread;  // the slab's channel that it finishes, if any
+  const T* const x = static_cast<const T*>(params.x);
+  T* const y = static_cast<T*>(params.y);
   const bool counts = params.num_batches_tracked && !params.skip_nonfinite;
-  unsigned ticket = 0;  // of its first thread; compared in the end, since that waits for it
-  // Not behind the first tile's loads: there its divisions in double cost up to 80 bytes of spills
-  // (ptxas, sm_90).
-  if (thread == 0) step = step_of<Real>(params);
+  if (thread == plan.threads - 1) step = fixed_step<Real>(params, p.reduced());
 
-  int parity = 0;
-  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
+  for (int wave = 0, slab = walk.team(); slab < plan.slabs;
+       slab = walk.team() + ++wave * plan.teams) {
     const int channel0 = slab * channels;
     const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
     const bool in_range = walk.in_range(p, channel0);
-    const bool finishes = thread < channels &&
-                          channel0 + thread < p.channels;  // a channel, once its moments are known
-    const std::int64_t slab_offset = walk.slab_offset(p, channel0);
-    const T* x = static_cast<const T*>(params.x) + slab_offset;
-    T* y = static_cast<T*>(params.y) + slab_offset;
+    const bool finishes =
+        thread < walk.channels(p, channel0);  // a channel, once its moments are known
 
-    Real pivot[kPivotLoads<kLayout>][kChannels];
-    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), p, plan, pivot);
+    Pivots<Slot, kLayout> coming;
+    coming.load(x + walk.first_element(p, channel0), p, plan);
 
     // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
     const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
     const auto read_state = [&] {
-      if (finishes) states[thread] = channel_state<Real>(params, channel0 + thread);
+      int c = channel0 + own;
+      compute_here(c);
+      if (finishes) states[own] = channel_state<Real>(params, c);
     };
     if (fetched) read_state();
 
     typename Slot::Bits tile[kSlots];
+    Real pivot[kChannels] = {};  // from the first round on
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
-      const int left = in_range ? walk.left(piece) : 0;
-      Cursor cursor = walk.begin(p, piece);
+      const int slots = in_range ? walk.slots(piece) : 0;
+      Cursor cursor = walk.begin(p, channel0, piece);
       const bool retained = plan.retains(round);
       if (round + 1 < plan.rounds && !retained) {
-        load_tile<Slot, Reuse::kAgain>(tile, x, left, cursor, walk);
+        load_tile<Slot, Reuse::kAgain>(tile, x, slots, cursor, walk);
       } else if (fetched) {
-        Next::take(left, walk, tile);
+        Next::take(slots, tile);
       } else {
-        load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
+        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
       }
       if (round == 0) {
-        settle_pivots<kLayout>(plan, pivot, pivots);
+        // Beside the tile's way from memory. By the last thread: the first ones wait for states.
+        int last = plan.threads - 1;
+        compute_here(last);
+        if (wave == 0 && thread == last && step.follows_counter) follow_counter(params, step);
+        coming.settle(plan, pivot, pivots);
         if (!fetched) read_state();
       }
       if (retained) Kept::keep(plan.retained_place(round), tile);
-      moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot[0]));
+      moments.merge(tile_moments<Slot, kLayout>(tile, slots, pivot));
     }
 
-    ExactMoments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
+    ExactMoments<Real> total = block_merge(moments, channels / kChannels, plan.threads, records);
     // The block has read the counter. Behind the arrival at the team's barrier, whose release would
     // wait for an atomic before it.
+    const bool asks = counts && thread == 0 && slab + plan.teams >= plan.slabs;
+    unsigned ticket = 0;  // compared in the end, since that waits for it
     const auto ask_once = [&] {
-      if (counts && slab == walk.team() && thread == 0)
-        ticket = take_ticket<Ticket::kHasRead>(workspace);
+      if (asks) ticket = take_ticket<Ticket::kHasRead>(workspace);
     };
     if (plan.team == 1) {
       ask_once();
     } else {
       const auto fetch_next = [&] {
         ask_once();
-        const T* tensor = static_cast<const T*>(params.x);
-        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
+        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, x);
       };
       total = team_moments<Slot, kLayout>(total.moments, plan, stride.positions,
                                           Slot::kLanes / kChannels, channels, walk.team(),
-                                          walk.rank(), parity, workspace, records, fetch_next);
+                                          walk.rank(), wave % 2, workspace, records, fetch_next);
     }
     if (finishes) {
-      const ChannelState<Real> state = states[thread];
-      PivotedMoments<Real> all = around_mean(total, pivots[thread]);
-      all.moments.count = static_cast<Real>(p.reduced());
-      const ChannelStats<Real> stats = channel_stats(
-          all.moments, all.pivot, static_cast<Real>(params.epsilon), state.running, step.limits);
-      affines.write(thread, training_affine(stats, state.weight, state.bias));
+      int c = channel0 + own;
+      compute_here(c);
+      const ChannelState<Real> state = states[own];
+      PivotedMoments<Real> all = around_mean(total, pivots[own]);
+      all.moments.count = step.count;
+      const ChannelStats<Real> stats =
+          channel_stats(all.moments, all.pivot, step.epsilon, state.running, step.limits);
+      affines.write(own, training_affine(stats, state.weight, state.bias));
       if (walk.rank() == 0) {
-        write_stats(params, p.channels, channel0 + thread, stats);
-        move_running(params, p, workspace, channel0 + thread, all, state.running, step.momentum);
+        write_stats(params, p.channels, c, stats);
+        move_running(params, p, workspace, c, all, state.running, step);
       }
     }
     __syncthreads();
@@ -198,33 +203,30 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     affines.read(mine, affine);
     for (int round = plan.rounds - 1; round >= 0; --round) {
       const int piece = walk.piece(round);
-      const int left = in_range ? walk.left(piece) : 0;
-      Cursor cursor = walk.begin(p, piece);
+      const int slots = in_range ? walk.slots(piece) : 0;
+      Cursor cursor = walk.begin(p, channel0, piece);
       forget_the_way(cursor);
       if (plan.retains(round)) {
         Kept::take(plan.retained_place(round), tile);
       } else if (round + 1 < plan.rounds) {
-        Cursor again = cursor;
-        load_tile<Slot, Reuse::kOnce>(tile, x, left, again, walk);
+        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
       }
+      char* to = at(y, cursor);
 #pragma unroll
       for (int v = 0; v < kSlots; ++v) {
-        if (walk.has(v, left)) {
-          keep_packed(tile[v]);
-          Real value[Slot::kLanes];
-          Slot::unpack(tile[v], value);
+        keep_packed(tile[v]);
+        Real value[Slot::kLanes];
+        Slot::unpack(tile[v], value);
 #pragma unroll
-          for (int i = 0; i < Slot::kLanes; ++i)
-            value[i] = apply(affine[channel_of<kLayout>(i)], value[i]);
-          Slot::store(y + cursor.offset, value);
-        }
-        walk.advance(cursor);
+        for (int i = 0; i < Slot::kLanes; ++i)
+          value[i] = apply(affine[channel_of<kLayout>(i)], value[i]);
+        if (v < slots) Slot::store(to, value);
+        to += walk.advance(cursor.plane_left);
       }
     }
+    if (asks && is_last(ticket)) *params.num_batches_tracked = step_count(params) + 1;
   }
 
-  if (counts && thread == 0 && is_last(ticket))
-    *params.num_batches_tracked = step_count(params) + 1;
   if (params.skip_nonfinite) commit_if_finite<Real>(params, p, plan, workspace);
 }
 

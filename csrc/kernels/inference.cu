@@ -35,20 +35,18 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kSlots = slots_per_thread(Pass::kInference, kSlotBytes);
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
 
-  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
-  const int channel0 = walk.team() * plan.columns * kChannels;
+  const Walk<kLayout, Slot> walk(plan, stride);
+  const int channel0 = walk.team() * walk.channels();
   const int mine = walk.column() * kChannels;
   if (channel0 + mine >= p.channels) return;
-  const std::int64_t slab_offset =
-      kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
-  const T* x = static_cast<const T*>(params.x) + slab_offset;
-  T* y = static_cast<T*>(params.y) + slab_offset;
+  const T* const x = static_cast<const T*>(params.x);
+  T* const y = static_cast<T*>(params.y);
 
-  const int left = walk.left(0);
-  const Cursor first = walk.begin(p, 0);
+  const int slots = walk.slots(0);
+  const Cursor first = walk.begin(p, channel0, 0);
   Cursor cursor = first;
   typename Slot::Bits tile[kSlots];
-  load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
+  load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
 
   Affine<Real> affine[kChannels];
 #pragma unroll
@@ -56,18 +54,17 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 
   cursor = first;
   forget_the_way(cursor);
+  char* to = at(y, cursor);
 #pragma unroll
   for (int v = 0; v < kSlots; ++v) {
-    if (walk.has(v, left)) {
-      keep_packed(tile[v]);
-      Real value[Slot::kLanes];
-      Slot::unpack(tile[v], value);
+    keep_packed(tile[v]);
+    Real value[Slot::kLanes];
+    Slot::unpack(tile[v], value);
 #pragma unroll
-      for (int i = 0; i < Slot::kLanes; ++i)
-        value[i] = apply(affine[channel_of<kLayout>(i)], value[i]);
-      Slot::store(y + cursor.offset, value);
-    }
-    walk.advance(cursor);
+    for (int i = 0; i < Slot::kLanes; ++i)
+      value[i] = apply(affine[channel_of<kLayout>(i)], value[i]);
+    if (v < slots) Slot::store(to, value);
+    to += walk.advance(cursor.plane_left);
   }
 }
 

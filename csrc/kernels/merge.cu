@@ -19,8 +19,9 @@ __global__ void __launch_bounds__(kMaxThreads) merge_kernel(MergeParams params) 
   const int threads = static_cast<int>(blockDim.x);
   const int channels = static_cast<int>(params.channels);
   if (thread == 0) {
-    step = step_of<Real>(params);
     total = total_of(params.gathered, params.ranks, params.channels);
+    step = fixed_step<Real>(params, 0);
+    if (step.follows_counter) follow_counter(params, step);
     params.total[0] = total.count;
     params.total[1] = total.backward;
     nonfinite = 0;
@@ -40,17 +41,17 @@ __global__ void __launch_bounds__(kMaxThreads) merge_kernel(MergeParams params) 
 
   Real* running_mean = static_cast<Real*>(params.running_mean);
   Real* running_std = static_cast<Real*>(params.running_std);
-  const Real epsilon = static_cast<Real>(params.epsilon);
   for (int c = thread; c < channels; c += threads) {
     const PivotedMoments<Real> all =
         merge_ranks<Real>(params.gathered, params.ranks, params.channels, c);
     const Running<Real> running = running_mean ? Running<Real>{running_mean[c], running_std[c]}
                                                : Running<Real>{Real(0), Real(1)};
     ChannelStats<Real> stats{};
-    if (any) stats = channel_stats(all.moments, all.pivot, epsilon, running, step.limits);
+    if (any) stats = channel_stats(all.moments, all.pivot, step.epsilon, running, step.limits);
     write_stats(params, params.channels, c, stats);
     if (running_mean && moves) {
-      const Running<Real> next = moved(running, all.moments, all.pivot, epsilon, step.momentum);
+      const Running<Real> next =
+          moved(running, all.moments, all.pivot, step.epsilon, step.momentum);
       running_mean[c] = next.mean;
       running_std[c] = next.std;
     }

@@ -27,45 +27,44 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
   __shared__ Real pivots[kSlab];
 
-  const Walk<kLayout, Slot::kLanes> walk(plan, stride);
+  const Walk<kLayout, Slot> walk(plan, stride);
   const int thread = static_cast<int>(threadIdx.x);
-  const int channels = plan.columns * kChannels;
+  const int channels = walk.channels();
+  const T* const x = static_cast<const T*>(params.x);
 
-  int parity = 0;
-  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
+  for (int wave = 0, slab = walk.team(); slab < plan.slabs;
+       slab = walk.team() + ++wave * plan.teams) {
     const int channel0 = slab * channels;
-    const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
     const bool in_range = walk.in_range(p, channel0);
-    const T* x = static_cast<const T*>(params.x) + walk.slab_offset(p, channel0);
 
-    Real pivot[kPivotLoads<kLayout>][kChannels];
-    load_pivots<Slot, kLayout>(x + (in_range ? mine : 0), p, plan, pivot);
+    Pivots<Slot, kLayout> coming;
+    coming.load(x + walk.first_element(p, channel0), p, plan);
 
     typename Slot::Bits tile[kSlots];
+    Real pivot[kChannels] = {};  // from the first round on
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
-      const int left = in_range ? walk.left(piece) : 0;
-      Cursor cursor = walk.begin(p, piece);
+      const int slots = in_range ? walk.slots(piece) : 0;
+      Cursor cursor = walk.begin(p, channel0, piece);
       if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
-        Next::take(left, walk, tile);
+        Next::take(slots, tile);
       } else {
-        load_tile<Slot, Reuse::kOnce>(tile, x, left, cursor, walk);
+        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
       }
-      if (round == 0) settle_pivots<kLayout>(plan, pivot, pivots);
-      moments.merge(tile_moments<Slot, kLayout>(tile, left, walk, pivot[0]));
+      if (round == 0) coming.settle(plan, pivot, pivots);
+      moments.merge(tile_moments<Slot, kLayout>(tile, slots, pivot));
     }
 
-    ExactMoments<Real> total = block_merge(moments, plan.columns, plan.threads, records);
+    ExactMoments<Real> total = block_merge(moments, channels / kChannels, plan.threads, records);
     if (plan.team > 1) {
       const auto fetch_next = [&] {
-        const T* tensor = static_cast<const T*>(params.x);
-        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, tensor);
+        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, x);
       };
       total = team_moments<Slot, kLayout>(total.moments, plan, stride.positions,
                                           Slot::kLanes / kChannels, channels, walk.team(),
-                                          walk.rank(), parity, workspace, records, fetch_next);
+                                          walk.rank(), wave % 2, workspace, records, fetch_next);
     }
-    if (walk.rank() == 0 && thread < channels && channel0 + thread < p.channels) {
+    if (walk.rank() == 0 && thread < walk.channels(p, channel0)) {
       double* mean = params.message + channel0 + thread;
       mean[0] = static_cast<double>(pivots[thread]) + static_cast<double>(total.moments.mean) +
                 static_cast<double>(total.residue);

@@ -33,38 +33,46 @@ __device__ __forceinline__ void slot_means(const typename Slot::Bits& first,
 // is count * (centre - mean)^2, is at most (slots of the tile) * m2: 8 m2, 16 with narrow slots. A
 // second pass over the registers would be worse: the compiler keeps the first one's deltas for it,
 // 200 bytes of spills (ptxas, sm_90).
-template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels, typename Walk>
+//
+// A slot that does not exist adds nothing. Where each of its elements has a channel of its own it
+// is taken to be the first one again, whose deltas are 0; that is a select a register, where
+// selecting the sums takes two a channel.
+template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels>
 __device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
-    typename Slot::Bits (&tile)[kSlots], int left, const Walk& walk,
-    const Real (&pivot)[kChannels]) {
+    typename Slot::Bits (&tile)[kSlots], int slots, const Real (&pivot)[kChannels]) {
+  constexpr bool kFirstAgain = Slot::kLanes == kChannels;
   Real centre[kChannels];
   slot_means<Slot, kLayout>(tile[0], centre);
 
   MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
-  int count = 0;
 #pragma unroll
   for (int v = 0; v < kSlots; ++v) {
-    const bool exists = walk.has(v, left);
-    count += exists ? Slot::kLanes / kChannels : 0;
+    const bool exists = v < slots;
     keep_packed(tile[v]);
     Real x[Slot::kLanes];
-    Slot::unpack(tile[v], x);
-    Real sum[kChannels] = {};
-    Real squares[kChannels] = {};
+    Slot::unpack(kFirstAgain ? chosen(exists, tile[v], tile[0]) : tile[v], x);
+    if constexpr (kFirstAgain) {
 #pragma unroll
-    for (int i = 0; i < Slot::kLanes; ++i) {
-      const int k = channel_of<kLayout>(i);
-      const Real delta = x[i] - centre[k];
-      sum[k] += delta;
-      squares[k] += delta * delta;
-    }
+      for (int k = 0; k < kChannels; ++k) {
+        const Real delta = x[k] - centre[k];
+        moments.mean[k] += delta;
+        moments.m2[k] += delta * delta;
+      }
+    } else {
+      Real sum = Real(0);
+      Real squares = Real(0);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      moments.mean[k] += exists ? sum[k] : Real(0);
-      moments.m2[k] += exists ? squares[k] : Real(0);
+      for (int i = 0; i < Slot::kLanes; ++i) {
+        const Real delta = x[i] - centre[0];
+        sum += delta;
+        squares += delta * delta;
+      }
+      moments.mean[0] += exists ? sum : Real(0);
+      moments.m2[0] += exists ? squares : Real(0);
     }
   }
 
+  const int count = (slots < kSlots ? slots : kSlots) * (Slot::kLanes / kChannels);
   moments.count = static_cast<Real>(count);
   const Real share = count > 0 ? Real(1) / moments.count : Real(0);
 #pragma unroll

@@ -17,56 +17,72 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
+#include <type_traits>
 
 namespace brn {
 
-// Loads of a thread: an element, or slots of rows that lie as far apart as its warp's lanes cover,
-// up to 64 / columns of them in all.
-template <Layout kLayout>
-constexpr int kPivotLoads = kLayout == Layout::kChannelsFirst ? 1 : 2;
+// A thread's part of them: an element, or slots of rows that lie as far apart as its warp's lanes
+// cover, up to 64 / columns of them in all. Packed until the tile is on its way: to widen them is
+// to wait for them, and the compiler would do that in front of the tile's loads, which then left a
+// way to memory later (SASS, sm_90).
+template <typename Slot, Layout kLayout>
+class Pivots {
+  static constexpr bool kChannelsFirst = kLayout == Layout::kChannelsFirst;
+  static constexpr int kLoads = kChannelsFirst ? 1 : 2;
+  static constexpr int kChannels = kThreadChannels<Slot, kLayout>;
+  using T = typename Slot::Element;
+  using Real = typename Slot::Real;
+  using Piece = std::conditional_t<kChannelsFirst, brn::Slot<T, sizeof(T)>, Slot>;
 
-// On their way before the tile is. x is at the thread's channels.
-template <typename Slot, Layout kLayout, typename T, typename Real, int kLoads, int kChannels>
-__device__ __forceinline__ void load_pivots(const T* x, const Problem& p, const Plan& plan,
-                                            Real (&pivot)[kLoads][kChannels]) {
-  static_assert(kLoads == kPivotLoads<kLayout>, "what settle_pivots() adds up");
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  if constexpr (kLayout == Layout::kChannelsFirst) {
-    pivot[0][0] = load_element(x + (lane < p.spatial ? lane : p.spatial - 1));
-  } else {
-    const int last = saturated(p.reduced() - 1);
+ public:
+  // Starts the loads. x is at the thread's channels.
+  __device__ __forceinline__ void load(const T* x, const Problem& p, const Plan& plan) {
+    int thread = static_cast<int>(threadIdx.x);
+    compute_here(thread);
+    const int lane = thread % kWarp;
+    if constexpr (kChannelsFirst) {
+      const int last = saturated(p.spatial - 1);
+      first_[0] = Piece::template load<Reuse::kByEveryWarp>(x + (lane < last ? lane : last));
+    } else {
+      const unsigned last = static_cast<unsigned>(saturated(p.reduced() - 1));
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int row = (i * kWarp + lane) / plan.columns;
-      const T* const from = x + (row < last ? row : last) * p.channels;
-      Slot::unpack(Slot::template load<Reuse::kByEveryWarp>(from), pivot[i]);
+      for (int i = 0; i < kLoads; ++i) {
+        const unsigned row = static_cast<unsigned>(i * kWarp + lane) >> bits_of(plan.columns);
+        first_[i] =
+            Piece::template load<Reuse::kByEveryWarp>(x + (row < last ? row : last) * p.channels);
+      }
     }
   }
-}
 
-// Leaves the thread's pivots in pivot[0], and those of the slab's channels in `shared`. Behind the
-// tile's loads: it waits. Equal values give exactly themselves, because they are added pairwise.
-template <Layout kLayout, typename Real, int kLoads, int kChannels>
-__device__ __forceinline__ void settle_pivots(const Plan& plan, Real (&pivot)[kLoads][kChannels],
-                                              Real* shared) {
-  const int columns = kLayout == Layout::kChannelsFirst ? 1 : plan.columns;
-  const Real share = static_cast<Real>(columns) / Real(kLoads * kWarp);
+  // Waits for them. Leaves the thread's pivots in `pivot` and those of the slab's channels in
+  // `shared`. Equal values give exactly themselves, because they are added pairwise.
+  __device__ __forceinline__ void settle(const Plan& plan, Real (&pivot)[kChannels], Real* shared) {
+    const int columns = kChannelsFirst ? 1 : plan.columns;
+    const Real share = static_cast<Real>(columns) / Real(kLoads * kWarp);
 #pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    pivot[0][k] *= share;
-    if constexpr (kLoads == 2) pivot[0][k] += pivot[1][k] * share;
-  }
-  for (int distance = kWarp / 2; distance >= columns; distance /= 2) {
+    for (int k = 0; k < kChannels; ++k) pivot[k] = Real(0);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k)
-      pivot[0][k] += __shfl_xor_sync(kAllLanes, pivot[0][k], distance);
-  }
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < plan.columns) {
+    for (int i = 0; i < kLoads; ++i) {
+      keep_packed(first_[i]);
+      Real value[kChannels];
+      Piece::unpack(first_[i], value);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) shared[thread * kChannels + k] = pivot[0][k];
+      for (int k = 0; k < kChannels; ++k) pivot[k] += value[k] * share;
+    }
+    for (int distance = kWarp / 2; distance >= columns; distance /= 2) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k)
+        pivot[k] += __shfl_xor_sync(kAllLanes, pivot[k], distance);
+    }
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < columns) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) shared[thread * kChannels + k] = pivot[k];
+    }
   }
-}
+
+ private:
+  typename Piece::Bits first_[kLoads];
+};
 
 }  // namespace brn

@@ -76,38 +76,40 @@ class Prefetch {
   // Starts the copies of this thread's slots of a slab, if there is such a slab.
   template <Layout kLayout, typename... T>
   __device__ __forceinline__ static void fetch(const Problem& p, const Plan& plan, int slab,
-                                               const Walk<kLayout, Slot::kLanes>& walk,
+                                               const Walk<kLayout, Slot>& walk,
                                                const T*... tensors) {
     static_assert(sizeof...(T) == kTensors, "one pointer a tensor");
     if constexpr (kPrefetches<Slot>) {
       if (slab >= plan.slabs) return;
-      const int channel0 = slab * plan.columns * kThreadChannels<Slot, kLayout>;
-      const int left = walk.in_range(p, channel0) ? walk.left(0) : 0;
-      const std::int64_t slab_offset = walk.slab_offset(p, channel0);
-      Cursor cursor = walk.begin(p, 0);
+      const int channel0 = slab * walk.channels();
+      int piece = 0;
+      compute_here(piece);
+      const int slots = walk.in_range(p, channel0) ? walk.slots(piece) : 0;
+      Cursor cursor = walk.begin(p, channel0, piece);
+      const char* from[] = {at(tensors, cursor)...};
 #pragma unroll
       for (int v = 0; v < kSlots; ++v) {
-        if (walk.has(v, left)) {
-          int tensor = 0;
-          (copy_async<Slot::kBytes>(place(tensor++, v), tensors + slab_offset + cursor.offset),
-           ...);
+        const std::int64_t bytes = walk.advance(cursor.plane_left);
+#pragma unroll
+        for (int tensor = 0; tensor < kTensors; ++tensor) {
+          if (v < slots) copy_async<Slot::kBytes>(place(tensor, v), from[tensor]);
+          from[tensor] += bytes;
         }
-        walk.advance(cursor);
       }
     }
   }
 
   // Waits for the copies. A slot that does not exist was not copied and is zero.
-  template <typename Walk, typename... Tile>
-  __device__ __forceinline__ static void take(int left, const Walk& walk, Tile&... tiles) {
+  template <typename... Tile>
+  __device__ __forceinline__ static void take(int slots, Tile&... tiles) {
     static_assert(sizeof...(Tile) == kTensors, "one tile a tensor");
     if constexpr (kPrefetches<Slot>) {
       wait_for_copies();
 #pragma unroll
       for (int v = 0; v < kSlots; ++v) {
-        const bool exists = walk.has(v, left);
         int tensor = 0;
-        ((tiles[v] = exists ? Slot::load_shared(place(tensor, v)) : Slot::zero(), ++tensor), ...);
+        ((tiles[v] = v < slots ? Slot::load_shared(place(tensor, v)) : Slot::zero(), ++tensor),
+         ...);
       }
     }
   }

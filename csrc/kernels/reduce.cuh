@@ -5,6 +5,7 @@
 // Threads whose index is equal modulo `columns` hold the same channels.
 #pragma once
 
+#include "../core/divisor.h"
 #include "../core/math.h"
 #include "../core/plan.h"
 
@@ -140,9 +141,9 @@ __device__ __forceinline__ typename Values::Total block_merge(Values values, int
     values.merge(values.from_lane_below(distance));
 
   const int thread = static_cast<int>(threadIdx.x);
-  const int group_size = columns < kWarp ? kWarp : columns;
-  const int group = thread / group_size;
-  const int member = thread - group * group_size;
+  const int group_bits = bits_of(columns < kWarp ? kWarp : columns);
+  const int group = thread >> group_bits;
+  const int member = thread - (group << group_bits);
   const int channels = columns * Values::kSize;
   if (member < columns) {
 #pragma unroll
@@ -152,7 +153,7 @@ __device__ __forceinline__ typename Values::Total block_merge(Values values, int
   __syncthreads();
 
   typename Values::Total total{};
-  if (thread < channels) total = total_of(records + thread, channels, threads / group_size);
+  if (thread < channels) total = total_of(records + thread, channels, threads >> group_bits);
   return total;
 }
 

@@ -1,11 +1,12 @@
 // Who this thread is and where its slots lie: the map from plan to memory. No arithmetic on data.
 #pragma once
 
+#include "../core/divisor.h"
 #include "../core/plan.h"
+#include "registers.cuh"
 
 #include <cuda_runtime.h>
 
-#include <climits>
 #include <cstdint>
 
 namespace brn {
@@ -23,69 +24,74 @@ constexpr int kMostSlabChannels =
         : (kWarp * Slot::kLanes < kMaxSlabChannels ? kWarp * Slot::kLanes : kMaxSlabChannels);
 
 __device__ __forceinline__ int saturated(std::int64_t n) {
-  return n < INT_MAX ? static_cast<int>(n > 0 ? n : 0) : INT_MAX;
-}
-
-struct Quotient {
-  std::int64_t quotient;
-  std::int64_t remainder;
-};
-
-// 64-bit division takes about four times as long as 32-bit, and stands before the first load of a
-// slab.
-__device__ __forceinline__ Quotient divide(std::int64_t a, std::int64_t b) {
-  if (((a | b) >> 32) == 0) {
-    const unsigned q = static_cast<unsigned>(a) / static_cast<unsigned>(b);
-    return {q, a - static_cast<std::int64_t>(q) * b};
-  }
-  const std::int64_t q = a / b;
-  return {q, a - q * b};
+  return static_cast<int>(n < kMostInt ? (n > 0 ? n : 0) : kMostInt);
 }
 
 // The slot that a thread is at. 32 bits are enough for what is left of a plane: where a plane has
 // more slots than that, no round reaches its end.
 struct Cursor {
-  std::int64_t offset;  // its first element, counted from the slab's
+  std::int64_t offset;  // its first byte, counted from the tensor's
   int plane_left;       // kChannelsFirst: slots to the end of the plane, this one included
 };
 
-// Makes the compiler compute the way from here again. Otherwise it keeps the address of every slot
-// from the loads to the stores: 16 registers, and up to 100 bytes of spills (ptxas, sm_90, 16-byte
-// slots of kChannelsFirst).
+// The way is computed again from here. Otherwise the compiler keeps the address of every slot from
+// the loads to the stores: 16 registers, and up to 100 bytes of spills (ptxas, sm_90, 16-byte slots
+// of kChannelsFirst).
 __device__ __forceinline__ void forget_the_way(Cursor& cursor) {
-#if defined(__CUDACC__)
-  asm volatile("" : "+l"(cursor.offset), "+r"(cursor.plane_left));
-#else
-  (void)cursor;
-#endif
+  compute_here(cursor.offset);
+  compute_here(cursor.plane_left);
+}
+
+__device__ __forceinline__ const char* at(const void* tensor, const Cursor& cursor) {
+  return static_cast<const char*>(tensor) + cursor.offset;
+}
+__device__ __forceinline__ char* at(void* tensor, const Cursor& cursor) {
+  return static_cast<char*>(tensor) + cursor.offset;
 }
 
 // A thread's part of its team's slabs.
-template <Layout kLayout, int kLanes>
+template <Layout kLayout, typename Slot>
 class Walk {
+  static constexpr int kLanes = Slot::kLanes;
+
  public:
   __device__ __forceinline__ Walk(const Plan& plan, const Stride& stride)
       : plan_(plan), stride_(stride) {}
 
   __device__ __forceinline__ int team() const {
-    return static_cast<int>(blockIdx.x / static_cast<unsigned>(plan_.team));
+    return static_cast<int>(stride_.by_team.quotient(blockIdx.x));
   }
   __device__ __forceinline__ int rank() const {
-    return static_cast<int>(blockIdx.x % static_cast<unsigned>(plan_.team));
+    return static_cast<int>(blockIdx.x) - team() * plan_.team;
+  }
+
+  // Channels of a slab, and those of them that there are: the last slab may end beyond C.
+  __device__ __forceinline__ int channels() const {
+    return kLayout == Layout::kChannelsFirst ? 1 : plan_.columns * kLanes;
+  }
+
+  __device__ __forceinline__ int channels(const Problem& p, int channel0) const {
+    if constexpr (kLayout == Layout::kChannelsFirst) return 1;
+    const std::int64_t left = p.channels - channel0;
+    return left < channels() ? static_cast<int>(left) : channels();
   }
 
   // Which of the slots side by side is this thread's.
   __device__ __forceinline__ int column() const {
-    return kLayout == Layout::kChannelsFirst ? 0 : static_cast<int>(threadIdx.x) % plan_.columns;
+    return kLayout == Layout::kChannelsFirst ? 0
+                                             : static_cast<int>(threadIdx.x) & (plan_.columns - 1);
   }
 
-  // Where a slab lies in a tensor, and whether it has this thread's channels: the last one may end
-  // beyond C.
-  __device__ __forceinline__ std::int64_t slab_offset(const Problem& p, int channel0) const {
-    return kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : channel0;
-  }
+  // Whether a slab has this thread's channels.
   __device__ __forceinline__ bool in_range(const Problem& p, int channel0) const {
-    return kLayout == Layout::kChannelsFirst || channel0 + column() * kLanes < p.channels;
+    return kLayout == Layout::kChannelsFirst || column() * kLanes < channels(p, channel0);
+  }
+
+  // The first of a slab's elements that belongs to this thread's channels, or to those of its first
+  // column where the slab has none of them.
+  __device__ __forceinline__ std::int64_t first_element(const Problem& p, int channel0) const {
+    if constexpr (kLayout == Layout::kChannelsFirst) return channel0 * p.spatial;
+    return channel0 + (in_range(p, channel0) ? column() * kLanes : 0);
   }
 
   // Which piece of the share a round takes, where pieces fill the registers and only the last may
@@ -95,44 +101,51 @@ class Walk {
     return (round > 0 ? round : plan_.rounds) - 1;
   }
 
-  // Positions of the block's share from this thread's first of a piece on. Its slot v exists if
-  // has(v, left).
-  __device__ __forceinline__ int left(int piece) const {
-    const std::int64_t share_end = (rank() + std::int64_t{1}) * plan_.share;
-    return saturated((share_end < stride_.positions ? share_end : stride_.positions) -
-                     position(piece));
+  // How many slots the thread has from its first of a piece on: slot v exists if v < slots(piece).
+  // Perhaps more than the piece has.
+  __device__ __forceinline__ int slots(int piece) const {
+    const int left = share() - position(piece) + stride_.pass - 1;
+    return left > 0 ? left >> bits_of(stride_.pass) : 0;
   }
-  __device__ __forceinline__ bool has(int v, int left) const { return v * stride_.pass < left; }
 
-  // Where the first slot of a piece lies.
-  __device__ __forceinline__ Cursor begin(const Problem& p, int piece) const {
-    const std::int64_t at = position(piece);
+  // Where the first slot of a piece of a slab lies.
+  __device__ __forceinline__ Cursor begin(const Problem& p, int channel0, int piece) const {
+    constexpr int kSize = Slot::kBytes / kLanes;
+    const std::int64_t at = std::int64_t{rank()} * stride_.share + position(piece);
     if constexpr (kLayout == Layout::kChannelsLast) {
-      return {at * p.channels + column() * kLanes, 0};
+      return {(at * p.channels + channel0) * kSize + column() * Slot::kBytes, 0};
     } else {
-      const Quotient plane = divide(at, stride_.plane);
-      return {plane.quotient * p.channels * p.spatial + plane.remainder * kLanes,
-              saturated(stride_.plane - plane.remainder)};
+      const std::int64_t plane = at <= kMostInt
+                                     ? stride_.by_plane.quotient(static_cast<unsigned>(at))
+                                     : at / stride_.plane;
+      const std::int64_t inside = at - plane * stride_.plane;
+      return {(plane * p.channels + channel0) * p.spatial * kSize + inside * Slot::kBytes,
+              saturated(stride_.plane - inside)};
     }
   }
 
-  __device__ __forceinline__ void advance(Cursor& cursor) const {
-    cursor.offset += stride_.step;
-    if constexpr (kLayout == Layout::kChannelsFirst) {
-      cursor.plane_left -= stride_.plane_step;
-      if (cursor.plane_left <= 0) {
-        cursor.plane_left += saturated(stride_.plane);
-        cursor.offset += stride_.gap;
-      }
-    }
+  // Moves on to the next slot, which is returned bytes further on.
+  __device__ __forceinline__ std::int64_t advance(int& plane_left) const {
+    if constexpr (kLayout == Layout::kChannelsLast) return stride_.step;
+    plane_left -= stride_.plane_step;
+    if (plane_left > 0) return stride_.step;
+    plane_left += stride_.plane_slots;
+    return stride_.leap;
   }
 
  private:
-  __device__ __forceinline__ std::int64_t position(int piece) const {
-    const int row = kLayout == Layout::kChannelsFirst
-                        ? static_cast<int>(threadIdx.x)
-                        : static_cast<int>(threadIdx.x) / plan_.columns;
-    return rank() * plan_.share + piece * (std::int64_t{plan_.slots} * stride_.pass) + row;
+  // Positions of a slab that the block owns.
+  __device__ __forceinline__ int share() const {
+    const std::int64_t left = stride_.positions - std::int64_t{rank()} * stride_.share;
+    return left < stride_.share ? static_cast<int>(left) : stride_.share;
+  }
+
+  // The thread's first of a piece, counted from the block's first.
+  __device__ __forceinline__ int position(int piece) const {
+    int thread = static_cast<int>(threadIdx.x);
+    compute_here(thread);
+    const int row = kLayout == Layout::kChannelsFirst ? thread : thread >> bits_of(plan_.columns);
+    return piece * plan_.slots * stride_.pass + row;
   }
 
   const Plan& plan_;

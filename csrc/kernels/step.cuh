@@ -10,26 +10,51 @@
 
 namespace brn {
 
-// What the schedule and the counter say of this batch, before the counter moves.
+// What the schedule and the counter say of this batch, before the counter moves; and what the loop
+// over slabs would keep a register for.
 template <typename Real>
 struct Step {
   Limits<Real> limits;
   Real momentum;
+  Real epsilon;
+  Real count;  // of a channel's values
+  bool follows_counter;
 };
 
 __device__ __forceinline__ std::int64_t step_count(const StepParams& params) {
   return params.num_batches_tracked ? *params.num_batches_tracked : 0;
 }
 
+// All that the host has said itself.
 template <typename Real>
-__device__ __forceinline__ Step<Real> step_of(const StepParams& params) {
-  // Before the counter, so that both are on their way at once: a block's first loads wait for this.
-  const double* s = params.running_mean ? params.schedule : nullptr;
-  Schedule schedule{};
-  if (s) schedule = {s[0], s[1], s[2], s[3], s[4]};
+__device__ __forceinline__ Step<Real> fixed_step(const StepParams& params, std::int64_t count) {
+  Step<Real> step;
+  step.limits = {Real(1), Real(0)};  // no history to correct towards
+  if (params.running_mean)
+    step.limits = {static_cast<Real>(params.limits.r_max), static_cast<Real>(params.limits.d_max)};
+  step.momentum = static_cast<Real>(params.momentum);
+  step.epsilon = static_cast<Real>(params.epsilon);
+  step.count = static_cast<Real>(count);
+  step.follows_counter = (params.running_mean && params.schedule) || params.momentum < 0.0;
+  return step;
+}
+
+// What hangs on the counter: of a step that follows it. Waits for it and for the schedule.
+template <typename Real>
+__device__ __forceinline__ void follow_counter(const StepParams& params, Step<Real>& step) {
   const std::int64_t count = step_count(params);
-  const Real momentum = averaging_weight<Real>(params.momentum, count);
-  return {s ? limits_at<Real>(schedule, count) : limits_of<Real>(params, count), momentum};
+  if (params.running_mean && params.schedule) {
+    // limits_at(), one limit after the other: both at once take registers that the tile has (40
+    // bytes of spills; ptxas, sm_80, 16-byte slots of kChannelsFirst).
+#pragma unroll 1
+    for (int k = 0; k < 2; ++k) {
+      const double* s = params.schedule + 2 * k;
+      const double limit =
+          ramp(static_cast<double>(count), params.schedule[0], s[2], 1.0 - k, s[1]);
+      (k == 0 ? step.limits.r_max : step.limits.d_max) = static_cast<Real>(limit);
+    }
+  }
+  step.momentum = averaging_weight<Real>(params.momentum, count);
 }
 
 template <typename Real>

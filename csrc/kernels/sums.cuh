@@ -54,7 +54,7 @@ __device__ __forceinline__ Sums<Real> slab_sums(const SumsOf<Real, kChannels>& s
                                                 int channels, const Walk& walk, int parity,
                                                 const Workspace& workspace, Sums<Real>* records,
                                                 const T* x, const T* dy) {
-  const Sums<Real> mine = block_merge(sums, plan.columns, plan.threads, records);
+  const Sums<Real> mine = block_merge(sums, channels / kChannels, plan.threads, records);
   if (plan.team == 1) return mine;
   const Partials<Real> partials(workspace, plan, channels, walk.team(), parity);
   const int thread = static_cast<int>(threadIdx.x);

@@ -16,30 +16,32 @@ __device__ __forceinline__ constexpr int channel_of(int lane) {
   return kLayout == Layout::kChannelsFirst ? 0 : lane;
 }
 
-// Loads the slots that exist, from the cursor on, which moves behind the round. All loads are
-// issued before the first use.
-template <typename Slot, Reuse kReuse, int kSlots, typename T, typename Walk>
-__device__ __forceinline__ void load_tile(typename Slot::Bits (&tile)[kSlots], const T* tensor,
-                                          int left, Cursor& cursor, const Walk& walk) {
+// Loads the slots that exist, from the cursor on. All loads are issued before the first use.
+template <typename Slot, Reuse kReuse, int kSlots, typename Walk>
+__device__ __forceinline__ void load_tile(typename Slot::Bits (&tile)[kSlots], const void* tensor,
+                                          int slots, Cursor cursor, const Walk& walk) {
+  const char* from = at(tensor, cursor);
 #pragma unroll
   for (int v = 0; v < kSlots; ++v) {
-    tile[v] =
-        walk.has(v, left) ? Slot::template load<kReuse>(tensor + cursor.offset) : Slot::zero();
-    walk.advance(cursor);
+    tile[v] = v < slots ? Slot::template load<kReuse>(from) : Slot::zero();
+    from += walk.advance(cursor.plane_left);
   }
 }
 
 // The same of two tensors at once: the slots of both are in flight together.
-template <typename Slot, Reuse kReuse, int kSlots, typename T, typename Walk>
-__device__ __forceinline__ void load_tiles(typename Slot::Bits (&a_tile)[kSlots], const T* a,
-                                           typename Slot::Bits (&b_tile)[kSlots], const T* b,
-                                           int left, Cursor& cursor, const Walk& walk) {
+template <typename Slot, Reuse kReuse, int kSlots, typename Walk>
+__device__ __forceinline__ void load_tiles(typename Slot::Bits (&a_tile)[kSlots], const void* a,
+                                           typename Slot::Bits (&b_tile)[kSlots], const void* b,
+                                           int slots, Cursor cursor, const Walk& walk) {
+  const char* a_from = at(a, cursor);
+  const char* b_from = at(b, cursor);
 #pragma unroll
   for (int v = 0; v < kSlots; ++v) {
-    const bool exists = walk.has(v, left);
-    a_tile[v] = exists ? Slot::template load<kReuse>(a + cursor.offset) : Slot::zero();
-    b_tile[v] = exists ? Slot::template load<kReuse>(b + cursor.offset) : Slot::zero();
-    walk.advance(cursor);
+    a_tile[v] = v < slots ? Slot::template load<kReuse>(a_from) : Slot::zero();
+    b_tile[v] = v < slots ? Slot::template load<kReuse>(b_from) : Slot::zero();
+    const std::int64_t bytes = walk.advance(cursor.plane_left);
+    a_from += bytes;
+    b_from += bytes;
   }
 }
 

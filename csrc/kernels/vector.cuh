@@ -38,6 +38,16 @@ __device__ __forceinline__ void keep_packed(Words<kWords>& bits) {
 #endif
 }
 
+// Word by word: a choice between structs would be one of addresses, and put both into local memory.
+template <int kWords>
+__device__ __forceinline__ Words<kWords> chosen(bool first, const Words<kWords>& a,
+                                                const Words<kWords>& b) {
+  Words<kWords> bits;
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) bits.w[k] = first ? a.w[k] : b.w[k];
+  return bits;
+}
+
 // kOnce: the last time this launch reads the address. kAgain: it will read it again, from L2 if it
 // is still there. kByEveryWarp: the block's other warps read it now, through the L1. kShared: it is
 // in shared memory.
@@ -137,13 +147,14 @@ template <typename T, int kSlotBytes>
 struct Slot {
   static_assert(kSlotBytes <= 16 && kSlotBytes % sizeof(T) == 0,
                 "one hardware access, whole elements");
+  using Element = T;
   using Real = RealOf<T>;
   using Bits = Words<(kSlotBytes + 3) / 4>;
   static constexpr int kBytes = kSlotBytes;
   static constexpr int kLanes = kSlotBytes / static_cast<int>(sizeof(T));
 
   template <Reuse kReuse>
-  __device__ __forceinline__ static Bits load(const T* p) {
+  __device__ __forceinline__ static Bits load(const void* p) {
     return load_words<kSlotBytes, kReuse>(p);
   }
 
@@ -176,7 +187,7 @@ struct Slot {
     }
   }
 
-  __device__ __forceinline__ static void store(T* p, const Real (&value)[kLanes]) {
+  __device__ __forceinline__ static void store(void* p, const Real (&value)[kLanes]) {
     Bits bits;
     if constexpr (std::is_same<T, double>::value) {
       std::memcpy(bits.w, value, sizeof value);
@@ -192,16 +203,5 @@ struct Slot {
     store_words<kSlotBytes, Memory::kGlobal>(p, bits);
   }
 };
-
-template <typename T>
-__device__ __forceinline__ RealOf<T> load_element(const T* p) {
-  if constexpr (std::is_same<T, __half>::value) {
-    return __half2float(*p);
-  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-    return __bfloat162float(*p);
-  } else {
-    return *p;
-  }
-}
 
 }  // namespace brn
