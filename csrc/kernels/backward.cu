@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const bool finishes =
         thread < walk.channels(p, channel0);  // a channel, once its sums are known
     Real centre[kChannels];
+    const int channel = walk.first_channel(p, channel0);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k)
-      centre[k] = centre_of<Real>(params, in_range ? channel0 + mine + k : channel0);
+    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params, channel + k);
 
     // Waited for together with the tiles, not behind the team's barrier: before a wait for copies,
     // behind the loads otherwise.

@@ -35,13 +35,11 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   for (int wave = 0, slab = walk.team(); slab < plan.slabs;
        slab = walk.team() + ++wave * plan.teams) {
     const int channel0 = slab * channels;
-    const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
     const bool in_range = walk.in_range(p, channel0);
     Real centre[kChannels];
+    const int channel = walk.first_channel(p, channel0);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      centre[k] = centre_of<Real>(params.stats, in_range ? channel0 + mine + k : channel0);
-    }
+    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params.stats, channel + k);
 
     typename Slot::Bits x_tile[kSlots];
     typename Slot::Bits dy_tile[kSlots];

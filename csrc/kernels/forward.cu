@@ -161,7 +161,12 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         if (!fetched) read_state();
       }
       if (retained) Kept::keep(plan.retained_place(round), tile);
-      moments.merge(tile_moments<Slot, kLayout>(tile, slots, pivot));
+      const MomentsOf<Real, kChannels> more = tile_moments<Slot, kLayout>(tile, slots, pivot);
+      if (round == 0) {
+        moments = more;
+      } else {
+        moments.merge(more);
+      }
     }
 
     ExactMoments<Real> total = block_merge(moments, channels / kChannels, plan.threads, records);

@@ -52,7 +52,12 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
         load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
       }
       if (round == 0) coming.settle(plan, pivot, pivots);
-      moments.merge(tile_moments<Slot, kLayout>(tile, slots, pivot));
+      const MomentsOf<Real, kChannels> more = tile_moments<Slot, kLayout>(tile, slots, pivot);
+      if (round == 0) {
+        moments = more;
+      } else {
+        moments.merge(more);
+      }
     }
 
     ExactMoments<Real> total = block_merge(moments, channels / kChannels, plan.threads, records);

@@ -39,11 +39,12 @@ struct MomentsOf {
   __device__ __forceinline__ void merge(const MomentsOf& other) {
     const Real total = count + other.count;
     const Real weight = total > Real(0) ? other.count / total : Real(0);
+    const Real both = count * weight;
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
       const Real delta = other.mean[k] - mean[k];
       mean[k] += delta * weight;
-      m2[k] += other.m2[k] + delta * delta * count * weight;
+      m2[k] += other.m2[k] + delta * delta * both;
     }
     count = total;
   }
@@ -95,11 +96,17 @@ struct SumsOf {
   }
 };
 
-// What `count` records come to together, `stride` apart.
+// Groups of threads that reduce by themselves first, at most.
+constexpr int kMostGroups = kMaxThreads / kWarp;
+
+// What `count` records come to together, `stride` apart. Unrolled, so that all are on their way
+// from shared memory at once.
 template <typename Real>
 __device__ __forceinline__ Sums<Real> total_of(const Sums<Real>* records, int stride, int count) {
   Sums<Real> total = records[0];
-  for (int g = 1; g < count; ++g) total = merge(total, records[g * stride]);
+#pragma unroll
+  for (int g = 1; g < kMostGroups; ++g)
+    if (g < count) total = merge(total, records[g * stride]);
   return total;
 }
 
@@ -114,8 +121,10 @@ __device__ __forceinline__ ExactMoments<Real> total_of(const Moments<Real>* reco
   Real sum = Real(0);
   Real squares = Real(0);
   Real m2 = records[0].m2;
-  for (int g = 1; g < count; ++g) {
-    const Moments<Real> m = records[g * stride];
+#pragma unroll
+  for (int g = 1; g < kMostGroups; ++g) {
+    Moments<Real> m = {Real(0), first, Real(0)};
+    if (g < count) m = records[g * stride];
     const Real delta = m.mean - first;
     const Real moved = m.count * delta;
     values += m.count;

@@ -87,11 +87,13 @@ class Walk {
     return kLayout == Layout::kChannelsFirst || column() * kLanes < channels(p, channel0);
   }
 
-  // The first of a slab's elements that belongs to this thread's channels, or to those of its first
-  // column where the slab has none of them.
-  __device__ __forceinline__ std::int64_t first_element(const Problem& p, int channel0) const {
-    if constexpr (kLayout == Layout::kChannelsFirst) return channel0 * p.spatial;
+  // The first of this thread's channels, or of the slab's where it has none of them; and the first
+  // of its elements.
+  __device__ __forceinline__ int first_channel(const Problem& p, int channel0) const {
     return channel0 + (in_range(p, channel0) ? column() * kLanes : 0);
+  }
+  __device__ __forceinline__ std::int64_t first_element(const Problem& p, int channel0) const {
+    return kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : first_channel(p, channel0);
   }
 
   // Which piece of the share a round takes, where pieces fill the registers and only the last may
