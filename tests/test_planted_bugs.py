@@ -41,8 +41,8 @@ BUGS = [
     Bug(
         "moving statistics read after the team has met",
         "kernels/forward.cu",
-        "const ChannelState<Real> state = states[thread];",
-        "const ChannelState<Real> state = channel_state<Real>(params, channel0 + thread);",
+        "const ChannelState<Real> state = states[own];",
+        "const ChannelState<Real> state = channel_state<Real>(params, c);",
     ),
     Bug(
         "one set of partial results a team",
@@ -118,14 +118,44 @@ BUGS = [
     Bug(
         "blocks take the team's moments about means of their own",
         "kernels/moments.cuh",
-        "other.mean[0] = mean - first;",
-        "other.mean[0] = mean - mine.mean;",
+        "mean - first, m2);",
+        "mean - mine.mean, m2);",
+    ),
+    Bug(
+        "the last block's share taken for a full one",
+        "kernels/moments.cuh",
+        "r + 1 < plan.team ? each : last",
+        "r + 1 <= plan.team ? each : last",
+    ),
+    Bug(
+        "records about the team's first mean, not their own first one's",
+        "kernels/moments.cuh",
+        "all.mean[0] = centre_ + further;",
+        "all.mean[0] = further;",
+    ),
+    Bug(
+        "a slot that does not exist is a zero among the values",
+        "kernels/moments.cuh",
+        "chosen(exists, tile[v], tile[0])",
+        "tile[v]",
+    ),
+    Bug(
+        "the last group of records is left out",
+        "kernels/reduce.cuh",
+        "    if (g < count) m = records",
+        "    if (g + 1 < count) m = records",
+    ),
+    Bug(
+        "a round's moments in place of those before it",
+        "kernels/forward.cu",
+        "      if (round == 0) {\n        moments = more;",
+        "      if (round >= 0) {\n        moments = more;",
     ),
     Bug(
         "pivots of the first lane alone",
         "kernels/pivot.cuh",
-        "pivot[0][k] += __shfl_xor_sync(kAllLanes, pivot[0][k], distance);",
-        "pivot[0][k] = __shfl_xor_sync(kAllLanes, pivot[0][k], distance);",
+        "pivot[k] += __shfl_xor_sync(kAllLanes, pivot[k], distance);",
+        "pivot[k] = __shfl_xor_sync(kAllLanes, pivot[k], distance);",
     ),
     Bug(
         "part of a block leaves before the barrier",
@@ -163,14 +193,14 @@ BUGS = [
     Bug(
         "unmasked store",
         "kernels/forward.cu",
-        "        if (walk.has(v, left)) {",
-        "        if (left > 0) {",
+        "if (v < slots) Slot::store(to, value);",
+        "if (slots > 0) Slot::store(to, value);",
     ),
     Bug(
         "store beyond the last channel",
         "kernels/slab.cuh",
-        "channel0 + column() * kLanes < p.channels",
-        "channel0 + column() * kLanes <= p.channels",
+        "column() * kLanes < channels(p, channel0)",
+        "column() * kLanes <= channels(p, channel0)",
     ),
     Bug(
         "shuffle over half a warp",
@@ -188,8 +218,8 @@ BUGS = [
     Bug(
         "mean of squares minus square of the mean",
         "kernels/moments.cuh",
-        "const Real delta = x[i] - centre[k];",
-        "const Real delta = x[i] - Real(0) * centre[k];",
+        "const Real delta = x[i] - centre[0];",
+        "const Real delta = x[i] - Real(0) * centre[0];",
     ),
     Bug(
         "unbiased variance",
@@ -200,15 +230,27 @@ BUGS = [
     Bug(
         "counter moved before every block has read it",
         "kernels/forward.cu",
-        "if (thread == 0) step = step_of<Real>(params);",
-        "if (thread == 0) step = step_of<Real>(params);\n"
-        "  if (thread == 0 && blockIdx.x == 0) *params.num_batches_tracked += 1;",
+        "unsigned ticket = 0;",
+        "unsigned ticket = 0;\n"
+        "    if (asks && blockIdx.x == 0) *params.num_batches_tracked += 1;",
+    ),
+    Bug(
+        "a block asks for its ticket with every slab",
+        "kernels/forward.cu",
+        "counts && thread == 0 && slab + plan.teams >= plan.slabs;",
+        "counts && thread == 0;",
+    ),
+    Bug(
+        "limits of a step that no block has looked up",
+        "kernels/forward.cu",
+        "if (wave == 0 && thread == last && step.follows_counter)",
+        "if (wave == 1 && thread == last && step.follows_counter)",
     ),
     Bug(
         "ticket does not wrap",
         "kernels/barrier.cuh",
-        "return atomicInc(ticket_word(w), last);",
-        "return atomicInc(ticket_word(w), last + 1);",
+        "return atomicInc(ticket_word(w), static_cast<unsigned>(last));",
+        "return atomicInc(ticket_word(w), static_cast<unsigned>(last) + 1);",
         says="control words",
     ),
     Bug(
@@ -231,9 +273,10 @@ BUGS = [
     Bug(
         "ticket without acquire and release",
         "kernels/barrier.cuh",
-        "return atomicInc(ticket_word(w), last);",
+        "return atomicInc(ticket_word(w), static_cast<unsigned>(last));",
         "const unsigned old = __atomic_fetch_add(ticket_word(w), 1u, __ATOMIC_RELAXED);\n"
-        "  if (old == last) __atomic_store_n(ticket_word(w), 0u, __ATOMIC_RELAXED);\n"
+        "  if (static_cast<int>(old) == last)\n"
+        "    __atomic_store_n(ticket_word(w), 0u, __ATOMIC_RELAXED);\n"
         "  return old;",
         says="ThreadSanitizer: data race",
         race=True,
@@ -264,10 +307,10 @@ BUGS = [
     Bug(
         "copies go to where the last ones have still to be read",
         "kernels/forward.cu",
-        "        Next::take(left, walk, tile);\n",
+        "        Next::take(slots, tile);\n",
         "        wait_for_copies();\n"
-        "        Next::fetch(p, plan, slab + plan.teams, walk, static_cast<const T*>(params.x));\n"
-        "        Next::take(left, walk, tile);\n",
+        "        Next::fetch(p, plan, slab + plan.teams, walk, x);\n"
+        "        Next::take(slots, tile);\n",
     ),
     Bug(
         "copies of the next slab but one",
@@ -285,15 +328,15 @@ BUGS = [
     Bug(
         "copies beyond the last slab",
         "kernels/prefetch.cuh",
-        "      if (slab >= plan.slabs) return;\n",
-        "",
+        "if (slab >= plan.slabs) return;",
+        "if (slab > 2 * plan.slabs) return;",
         says="a thread ends before its asynchronous copies",
     ),
     Bug(
         "no zeros at the ragged end",
         "kernels/prefetch.cuh",
-        "exists ? Slot::load_shared(place(tensor, v)) : Slot::zero()",
-        "exists || true ? Slot::load_shared(place(tensor, v)) : Slot::zero()",
+        "v < slots ? Slot::load_shared(place(tensor, v)) : Slot::zero()",
+        "v < slots || v < kSlots ? Slot::load_shared(place(tensor, v)) : Slot::zero()",
         kernel="backward",
     ),
     Bug(
@@ -375,11 +418,11 @@ BUGS = [
     Bug(
         "a round is stored before it is loaded",
         "kernels/backward.cu",
-        "      const int left = in_range ? walk.left(piece) : 0;\n"
-        "      Cursor cursor = walk.begin(p, piece);\n"
+        "      const int slots = in_range ? walk.slots(piece) : 0;\n"
+        "      Cursor cursor = walk.begin(p, channel0, piece);\n"
         "      const bool retained = plan.retains(round);\n",
-        "      const int left = in_range ? walk.left(piece) : 0;\n"
-        "      Cursor cursor = walk.begin(p, piece);\n"
+        "      const int slots = in_range ? walk.slots(piece) : 0;\n"
+        "      Cursor cursor = walk.begin(p, channel0, piece);\n"
         "      const bool retained = plan.retains(round);\n"
         "      if (retained && round > 0)\n"
         "        Kept::keep(plan.retained_place(round), x_tile, dy_tile);\n",
@@ -394,8 +437,8 @@ BUGS = [
     Bug(
         "plane boundary not crossed",
         "kernels/slab.cuh",
-        "        cursor.offset += stride_.gap;\n",
-        "",
+        "return stride_.leap;",
+        "return stride_.step;",
     ),
     Bug(
         "what stays in registers taken for the ragged piece",
@@ -456,7 +499,7 @@ BUGS = [
         "every thread reads the counter that one moves",
         "kernels/merge.cu",
         "running, step.limits);",
-        "running, step_of<Real>(params).limits);",
+        "running, limits_of<Real>(params, step_count(params)));",
         kernel="merge",
         says="ThreadSanitizer: data race",
         race=True,
