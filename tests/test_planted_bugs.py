@@ -199,8 +199,8 @@ BUGS = [
     Bug(
         "store beyond the last channel",
         "kernels/slab.cuh",
-        "column() * kLanes < channels(p, channel0)",
-        "column() * kLanes <= channels(p, channel0)",
+        "column() * kLanes < there",
+        "column() * kLanes <= there",
     ),
     Bug(
         "shuffle over half a warp",
@@ -243,8 +243,8 @@ BUGS = [
     Bug(
         "limits of a step that no block has looked up",
         "kernels/forward.cu",
-        "if (wave == 0 && thread == last && step.follows_counter)",
-        "if (wave == 1 && thread == last && step.follows_counter)",
+        "if (slab < plan.teams && thread == last && step.follows_counter)",
+        "if (slab >= plan.teams && thread == last && step.follows_counter)",
     ),
     Bug(
         "ticket does not wrap",
@@ -309,27 +309,28 @@ BUGS = [
         "kernels/forward.cu",
         "        Next::take(slots, tile);\n",
         "        wait_for_copies();\n"
-        "        Next::fetch(p, plan, slab + plan.teams, walk, x);\n"
+        "        if (slab + plan.teams < plan.slabs)\n"
+        "          Next::fetch(p, (slab + plan.teams) * channels, walk, x);\n"
         "        Next::take(slots, tile);\n",
     ),
     Bug(
         "copies of the next slab but one",
         "kernels/forward.cu",
-        "if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams,",
-        "if (plan.prefetch) Next::fetch(p, plan, slab + 2 * plan.teams,",
+        "const int next0 = (slab + plan.teams) * channels;",
+        "const int next0 = (slab + 2 * plan.teams) * channels;",
     ),
     Bug(
         "copies of another team's slab",
-        "kernels/sums.cuh",
-        "if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams,",
-        "if (plan.prefetch) Next::fetch(p, plan, slab + 1,",
+        "kernels/backward.cu",
+        "const int next0 = (slab + plan.teams) * channels;",
+        "const int next0 = (slab + 1) * channels;",
         kernel="backward",
     ),
     Bug(
         "copies beyond the last slab",
-        "kernels/prefetch.cuh",
-        "if (slab >= plan.slabs) return;",
-        "if (slab > 2 * plan.slabs) return;",
+        "kernels/forward.cu",
+        "|| slab + plan.teams >= plan.slabs) return;",
+        ") return;",
         says="a thread ends before its asynchronous copies",
     ),
     Bug(
@@ -357,7 +358,7 @@ BUGS = [
     Bug(
         "the first slab too is taken from shared memory",
         "kernels/forward.cu",
-        "plan.prefetch && slab != walk.team()",
+        "plan.prefetch && slab >= plan.teams",
         "plan.prefetch != 0",
     ),
     Bug(

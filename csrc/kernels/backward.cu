@@ -49,6 +49,16 @@ struct ChannelState {
   Real weight;
 };
 
+// The centres of a stripe are among it.
+template <typename Real>
+__device__ __forceinline__ void expect_state(const BackwardParams& params, const Problem& p,
+                                             int c) {
+  expect_channel<Real>(params.weight, c);
+  expect_channel<Real>(params.stats ? nullptr : params.running_mean, c);
+  expect_channel<Real>(params.stats ? nullptr : params.running_std, c);
+  expect_stats<Real>(params.stats, p.channels, c);
+}
+
 template <typename T, Layout kLayout, int kSlotBytes>
 __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T)))
     backward_kernel(Problem p, Plan plan, Stride stride, BackwardParams params,
@@ -67,17 +77,17 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   const Walk<kLayout, Slot> walk(plan, stride);
   const int thread = static_cast<int>(threadIdx.x);
   const int channels = walk.channels();
+  const int own = kSlab == 1 ? 0 : thread;  // the slab's channel that it finishes, if any
   const T* const x = static_cast<const T*>(params.x);
   const T* const dy = static_cast<const T*>(params.dy);
   T* const dx = static_cast<T*>(params.dx);
 
-  for (int wave = 0, slab = walk.team(); slab < plan.slabs;
-       slab = walk.team() + ++wave * plan.teams) {
+  int parity = 0;
+  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
-    const bool in_range = walk.in_range(p, channel0);
-    const bool finishes =
-        thread < walk.channels(p, channel0);  // a channel, once its sums are known
+    const int there = walk.channels(p, channel0);
+    const bool finishes = thread < there;  // a channel, once its sums are known
     Real centre[kChannels];
     const int channel = walk.first_channel(p, channel0);
 #pragma unroll
@@ -85,11 +95,11 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 
     // Waited for together with the tiles, not behind the team's barrier: before a wait for copies,
     // behind the loads otherwise.
-    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
+    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab >= plan.teams;
     const auto read_state = [&] {
-      const int c = channel0 + thread;
+      const int c = channel0 + own;
       if (finishes)
-        states[thread] = {stats_of<Real>(params, p, c), load_channel(params.weight, c, Real(1))};
+        states[own] = {stats_of<Real>(params, p, c), load_channel(params.weight, c, Real(1))};
     };
     if (fetched) read_state();
 
@@ -97,7 +107,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     typename Slot::Bits dy_tile[kSlots];
     SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
-      const int slots = in_range ? walk.slots(piece) : 0;
+      const int slots = walk.in_range(there) ? walk.slots(piece) : 0;
       Cursor cursor = walk.begin(p, channel0, piece);
       const bool retained = plan.retains(round);
       if (round + 1 < plan.rounds && !retained) {
@@ -112,14 +122,22 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    Sums<Real> total = slab_sums<Slot, kLayout, Next>(sums, p, plan, slab, channels, walk, wave % 2,
-                                                      workspace, records, x, dy);
+    const auto fetch_next = [&] {
+      if (!kPrefetches<Slot> || !plan.prefetch || slab + plan.teams >= plan.slabs) return;
+      const int next0 = (slab + plan.teams) * channels;
+      Next::fetch(p, next0, walk, x, dy);
+      int c = next0 + own;
+      compute_here(c);
+      if (thread < walk.channels(p, next0)) expect_state<Real>(params, p, c);
+    };
+    Sums<Real> total = slab_sums<Slot, kLayout>(sums, plan, channels, walk, parity, workspace,
+                                                records, fetch_next);
     if (finishes) {
-      const int c = channel0 + thread;
-      const ChannelState<Real> state = states[thread];
+      const int c = channel0 + own;
+      const ChannelState<Real> state = states[own];
       total = around_mean(total, state.stats.residue);
-      projections[thread] = projection(total, static_cast<Real>(p.reduced()), state.stats,
-                                       state.weight, params.stats != nullptr);
+      projections[own] = projection(total, static_cast<Real>(p.reduced()), state.stats,
+                                    state.weight, params.stats != nullptr);
       if (walk.rank() == 0) {
         static_cast<Real*>(params.dweight)[c] = weight_gradient(total, state.stats);
         static_cast<Real*>(params.dbias)[c] = total.g;
@@ -132,7 +150,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     for (int k = 0; k < kChannels; ++k) projected[k] = projections[mine + k];
     for (int round = plan.rounds - 1; round >= 0; --round) {
       const int piece = walk.piece(round);
-      const int slots = in_range ? walk.slots(piece) : 0;
+      const int slots = walk.in_range(there) ? walk.slots(piece) : 0;
       Cursor cursor = walk.begin(p, channel0, piece);
       forget_the_way(cursor);
       if (plan.retains(round)) {

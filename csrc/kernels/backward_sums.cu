@@ -32,10 +32,10 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   const T* const x = static_cast<const T*>(params.x);
   const T* const dy = static_cast<const T*>(params.dy);
 
-  for (int wave = 0, slab = walk.team(); slab < plan.slabs;
-       slab = walk.team() + ++wave * plan.teams) {
+  int parity = 0;
+  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
-    const bool in_range = walk.in_range(p, channel0);
+    const int there = walk.channels(p, channel0);
     Real centre[kChannels];
     const int channel = walk.first_channel(p, channel0);
 #pragma unroll
@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     typename Slot::Bits dy_tile[kSlots];
     SumsOf<Real, kChannels> sums = SumsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
-      const int slots = in_range ? walk.slots(piece) : 0;
+      const int slots = walk.in_range(there) ? walk.slots(piece) : 0;
       Cursor cursor = walk.begin(p, channel0, piece);
-      if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
+      if (kPrefetches<Slot> && plan.prefetch && slab >= plan.teams) {
         Next::take(slots, x_tile, dy_tile);
       } else {
         load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
@@ -55,10 +55,17 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
     }
 
-    Sums<Real> total = slab_sums<Slot, kLayout, Next>(sums, p, plan, slab, channels, walk, wave % 2,
-                                                      workspace, records, x, dy);
+    const auto fetch_next = [&] {
+      if (!kPrefetches<Slot> || !plan.prefetch || slab + plan.teams >= plan.slabs) return;
+      const int next0 = (slab + plan.teams) * channels;
+      Next::fetch(p, next0, walk, x, dy);
+      if (thread < walk.channels(p, next0))
+        expect_stats<Real>(params.stats, p.channels, next0 + thread);
+    };
+    Sums<Real> total = slab_sums<Slot, kLayout>(sums, plan, channels, walk, parity, workspace,
+                                                records, fetch_next);
     const int c = channel0 + thread;
-    if (walk.rank() == 0 && thread < walk.channels(p, channel0)) {
+    if (walk.rank() == 0 && thread < there) {
       const ChannelStats<Real> stats = stats_of<Real>(params.stats, p.channels, c);
       total = around_mean(total, stats.residue);
       params.sums[c] = static_cast<double>(total.g);

@@ -47,6 +47,14 @@ __device__ __forceinline__ ChannelState<Real> channel_state(const ForwardParams&
            load_channel(params.running_std, c, Real(1))}};
 }
 
+template <typename Real>
+__device__ __forceinline__ void expect_state(const ForwardParams& params, int c) {
+  expect_channel<Real>(params.weight, c);
+  expect_channel<Real>(params.bias, c);
+  expect_channel<Real>(params.running_mean, c);
+  expect_channel<Real>(params.running_std, c);
+}
+
 // With skip_nonfinite the averages wait as a proposal until the whole batch is known to be finite.
 template <typename Real>
 __device__ __forceinline__ void move_running(const ForwardParams& params, const Problem& p,
@@ -118,19 +126,17 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
   const bool counts = params.num_batches_tracked && !params.skip_nonfinite;
   if (thread == plan.threads - 1) step = fixed_step<Real>(params, p.reduced());
 
-  for (int wave = 0, slab = walk.team(); slab < plan.slabs;
-       slab = walk.team() + ++wave * plan.teams) {
+  int parity = 0;
+  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
-    const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
-    const bool in_range = walk.in_range(p, channel0);
-    const bool finishes =
-        thread < walk.channels(p, channel0);  // a channel, once its moments are known
+    const int there = walk.channels(p, channel0);
+    const bool finishes = thread < there;  // a channel, once its moments are known
 
     Pivots<Slot, kLayout> coming;
     coming.load(x + walk.first_element(p, channel0), p, plan);
 
     // Waited for together with the tile: before a wait for copies, behind the loads otherwise.
-    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab != walk.team();
+    const bool fetched = kPrefetches<Slot> && plan.prefetch && slab >= plan.teams;
     const auto read_state = [&] {
       int c = channel0 + own;
       compute_here(c);
@@ -142,7 +148,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     Real pivot[kChannels] = {};  // from the first round on
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
-      const int slots = in_range ? walk.slots(piece) : 0;
+      const int slots = walk.in_range(there) ? walk.slots(piece) : 0;
       Cursor cursor = walk.begin(p, channel0, piece);
       const bool retained = plan.retains(round);
       if (round + 1 < plan.rounds && !retained) {
@@ -156,7 +162,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         // Beside the tile's way from memory. By the last thread: the first ones wait for states.
         int last = plan.threads - 1;
         compute_here(last);
-        if (wave == 0 && thread == last && step.follows_counter) follow_counter(params, step);
+        if (slab < plan.teams && thread == last && step.follows_counter)
+          follow_counter(params, step);
         coming.settle(plan, pivot, pivots);
         if (!fetched) read_state();
       }
@@ -182,11 +189,15 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     } else {
       const auto fetch_next = [&] {
         ask_once();
-        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, x);
+        if (!kPrefetches<Slot> || !plan.prefetch || slab + plan.teams >= plan.slabs) return;
+        const int next0 = (slab + plan.teams) * channels;
+        Next::fetch(p, next0, walk, x);
+        Pivots<Slot, kLayout>::expect(x + walk.first_element(p, next0), p, plan);
+        if (thread < walk.channels(p, next0)) expect_state<Real>(params, next0 + own);
       };
       total = team_moments<Slot, kLayout>(total.moments, plan, stride.positions,
                                           Slot::kLanes / kChannels, channels, walk.team(),
-                                          walk.rank(), wave % 2, workspace, records, fetch_next);
+                                          walk.rank(), parity, workspace, records, fetch_next);
     }
     if (finishes) {
       int c = channel0 + own;
@@ -205,10 +216,10 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     __syncthreads();
 
     Affine<Real> affine[kChannels];
-    affines.read(mine, affine);
+    affines.read(walk.column() * kChannels, affine);
     for (int round = plan.rounds - 1; round >= 0; --round) {
       const int piece = walk.piece(round);
-      const int slots = in_range ? walk.slots(piece) : 0;
+      const int slots = walk.in_range(there) ? walk.slots(piece) : 0;
       Cursor cursor = walk.begin(p, channel0, piece);
       forget_the_way(cursor);
       if (plan.retains(round)) {

@@ -32,10 +32,10 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   const int channels = walk.channels();
   const T* const x = static_cast<const T*>(params.x);
 
-  for (int wave = 0, slab = walk.team(); slab < plan.slabs;
-       slab = walk.team() + ++wave * plan.teams) {
+  int parity = 0;
+  for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
-    const bool in_range = walk.in_range(p, channel0);
+    const int there = walk.channels(p, channel0);
 
     Pivots<Slot, kLayout> coming;
     coming.load(x + walk.first_element(p, channel0), p, plan);
@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     Real pivot[kChannels] = {};  // from the first round on
     MomentsOf<Real, kChannels> moments = MomentsOf<Real, kChannels>::empty();
     for (int round = 0, piece = walk.piece(0); round < plan.rounds; piece = round++) {
-      const int slots = in_range ? walk.slots(piece) : 0;
+      const int slots = walk.in_range(there) ? walk.slots(piece) : 0;
       Cursor cursor = walk.begin(p, channel0, piece);
-      if (kPrefetches<Slot> && plan.prefetch && slab != walk.team()) {
+      if (kPrefetches<Slot> && plan.prefetch && slab >= plan.teams) {
         Next::take(slots, tile);
       } else {
         load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
@@ -63,13 +63,16 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     ExactMoments<Real> total = block_merge(moments, channels / kChannels, plan.threads, records);
     if (plan.team > 1) {
       const auto fetch_next = [&] {
-        if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, x);
+        if (!kPrefetches<Slot> || !plan.prefetch || slab + plan.teams >= plan.slabs) return;
+        const int next0 = (slab + plan.teams) * channels;
+        Next::fetch(p, next0, walk, x);
+        Pivots<Slot, kLayout>::expect(x + walk.first_element(p, next0), p, plan);
       };
       total = team_moments<Slot, kLayout>(total.moments, plan, stride.positions,
                                           Slot::kLanes / kChannels, channels, walk.team(),
-                                          walk.rank(), wave % 2, workspace, records, fetch_next);
+                                          walk.rank(), parity, workspace, records, fetch_next);
     }
-    if (walk.rank() == 0 && thread < walk.channels(p, channel0)) {
+    if (walk.rank() == 0 && thread < there) {
       double* mean = params.message + channel0 + thread;
       mean[0] = static_cast<double>(pivots[thread]) + static_cast<double>(total.moments.mean) +
                 static_cast<double>(total.residue);

@@ -37,21 +37,16 @@ class Pivots {
  public:
   // Starts the loads. x is at the thread's channels.
   __device__ __forceinline__ void load(const T* x, const Problem& p, const Plan& plan) {
-    int thread = static_cast<int>(threadIdx.x);
-    compute_here(thread);
-    const int lane = thread % kWarp;
-    if constexpr (kChannelsFirst) {
-      const int last = saturated(p.spatial - 1);
-      first_[0] = Piece::template load<Reuse::kByEveryWarp>(x + (lane < last ? lane : last));
-    } else {
-      const unsigned last = static_cast<unsigned>(saturated(p.reduced() - 1));
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const unsigned row = static_cast<unsigned>(i * kWarp + lane) >> bits_of(plan.columns);
-        first_[i] =
-            Piece::template load<Reuse::kByEveryWarp>(x + (row < last ? row : last) * p.channels);
-      }
-    }
+    for (int i = 0; i < kLoads; ++i)
+      first_[i] = Piece::template load<Reuse::kByEveryWarp>(element(i, x, p, plan));
+  }
+
+  // Asks for what load() will read: of a slab that is in shared memory by then, nothing else is
+  // waited for.
+  __device__ __forceinline__ static void expect(const T* x, const Problem& p, const Plan& plan) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) expect_line(element(i, x, p, plan));
   }
 
   // Waits for them. Leaves the thread's pivots in `pivot` and those of the slab's channels in
@@ -82,6 +77,22 @@ class Pivots {
   }
 
  private:
+  // Where the thread's part number i begins.
+  __device__ __forceinline__ static const T* element(int i, const T* x, const Problem& p,
+                                                     const Plan& plan) {
+    int thread = static_cast<int>(threadIdx.x);
+    compute_here(thread);
+    const int lane = thread % kWarp;
+    if constexpr (kChannelsFirst) {
+      const int last = saturated(p.spatial - 1);
+      return x + (lane < last ? lane : last);
+    } else {
+      const unsigned last = static_cast<unsigned>(saturated(p.reduced() - 1));
+      const unsigned row = static_cast<unsigned>(i * kWarp + lane) >> bits_of(plan.columns);
+      return x + (row < last ? row : last) * p.channels;
+    }
+  }
+
   typename Piece::Bits first_[kLoads];
 };
 

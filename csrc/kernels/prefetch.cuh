@@ -73,18 +73,16 @@ class Prefetch {
   static_assert(kTensors * kSlots * Slot::kBytes <= kTileBytes, "kPrefetchBytes hold all threads'");
 
  public:
-  // Starts the copies of this thread's slots of a slab, if there is such a slab.
+  // Starts the copies of this thread's slots of a slab.
   template <Layout kLayout, typename... T>
-  __device__ __forceinline__ static void fetch(const Problem& p, const Plan& plan, int slab,
+  __device__ __forceinline__ static void fetch(const Problem& p, int channel0,
                                                const Walk<kLayout, Slot>& walk,
                                                const T*... tensors) {
     static_assert(sizeof...(T) == kTensors, "one pointer a tensor");
     if constexpr (kPrefetches<Slot>) {
-      if (slab >= plan.slabs) return;
-      const int channel0 = slab * walk.channels();
       int piece = 0;
       compute_here(piece);
-      const int slots = walk.in_range(p, channel0) ? walk.slots(piece) : 0;
+      const int slots = walk.in_range(walk.channels(p, channel0)) ? walk.slots(piece) : 0;
       Cursor cursor = walk.begin(p, channel0, piece);
       const char* from[] = {at(tensors, cursor)...};
 #pragma unroll

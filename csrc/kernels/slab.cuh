@@ -78,19 +78,21 @@ class Walk {
 
   // Which of the slots side by side is this thread's.
   __device__ __forceinline__ int column() const {
-    return kLayout == Layout::kChannelsFirst ? 0
-                                             : static_cast<int>(threadIdx.x) & (plan_.columns - 1);
+    return kLayout == Layout::kChannelsFirst ? 0 : thread() & (plan_.columns - 1);
   }
 
-  // Whether a slab has this thread's channels.
-  __device__ __forceinline__ bool in_range(const Problem& p, int channel0) const {
-    return kLayout == Layout::kChannelsFirst || column() * kLanes < channels(p, channel0);
+  // Whether this thread's are among the channels of the slab that there are.
+  __device__ __forceinline__ bool in_range(int there) const {
+    return kLayout == Layout::kChannelsFirst || column() * kLanes < there;
   }
 
-  // The first of this thread's channels, or of the slab's where it has none of them; and the first
-  // of its elements.
+  // The first of this thread's channels, or of the last column's where the slab has none of them;
+  // and the first of its elements.
   __device__ __forceinline__ int first_channel(const Problem& p, int channel0) const {
-    return channel0 + (in_range(p, channel0) ? column() * kLanes : 0);
+    if constexpr (kLayout == Layout::kChannelsFirst) return channel0;
+    const int mine = channel0 + column() * kLanes;
+    const int last = static_cast<int>(p.channels) - kLanes;
+    return mine < last ? mine : last;
   }
   __device__ __forceinline__ std::int64_t first_element(const Problem& p, int channel0) const {
     return kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : first_channel(p, channel0);
@@ -136,6 +138,12 @@ class Walk {
   }
 
  private:
+  __device__ __forceinline__ static int thread() {
+    int thread = static_cast<int>(threadIdx.x);
+    compute_here(thread);
+    return thread;
+  }
+
   // Positions of a slab that the block owns.
   __device__ __forceinline__ int share() const {
     const std::int64_t left = stride_.positions - std::int64_t{rank()} * stride_.share;
@@ -144,9 +152,8 @@ class Walk {
 
   // The thread's first of a piece, counted from the block's first.
   __device__ __forceinline__ int position(int piece) const {
-    int thread = static_cast<int>(threadIdx.x);
-    compute_here(thread);
-    const int row = kLayout == Layout::kChannelsFirst ? thread : thread >> bits_of(plan_.columns);
+    const int row =
+        kLayout == Layout::kChannelsFirst ? thread() : thread() >> bits_of(plan_.columns);
     return piece * plan_.slots * stride_.pass + row;
   }
 

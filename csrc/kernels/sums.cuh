@@ -45,23 +45,20 @@ __device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(typename Slot::Bits
 }
 
 // What the whole team holds of slab channel c, in thread c, from the sums of each thread. Every
-// block computes it, from the same records in the same order. While it waits for them, what it has
-// of these two tensors in the next slab is on its way, if the plan says so.
-template <typename Slot, Layout kLayout, typename Next, typename Real, int kChannels, typename Walk,
-          typename T>
+// block computes it, from the same records in the same order. While it waits for them it does
+// `meanwhile`.
+template <typename Slot, Layout kLayout, typename Real, int kChannels, typename Walk,
+          typename Meanwhile>
 __device__ __forceinline__ Sums<Real> slab_sums(const SumsOf<Real, kChannels>& sums,
-                                                const Problem& p, const Plan& plan, int slab,
-                                                int channels, const Walk& walk, int parity,
-                                                const Workspace& workspace, Sums<Real>* records,
-                                                const T* x, const T* dy) {
+                                                const Plan& plan, int channels, const Walk& walk,
+                                                int parity, const Workspace& workspace,
+                                                Sums<Real>* records, Meanwhile meanwhile) {
   const Sums<Real> mine = block_merge(sums, channels / kChannels, plan.threads, records);
   if (plan.team == 1) return mine;
   const Partials<Real> partials(workspace, plan, channels, walk.team(), parity);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < channels) partials.publish(walk.rank(), thread, mine.g, mine.gx);
-  team_barrier(barrier_line(workspace, walk.team()), plan.team, walk.rank(), [&] {
-    if (plan.prefetch) Next::fetch(p, plan, slab + plan.teams, walk, x, dy);
-  });
+  team_barrier(barrier_line(workspace, walk.team()), plan.team, walk.rank(), meanwhile);
 
   SumsOf<Real, 1> part = SumsOf<Real, 1>::empty();
   const auto merge = [&](int, Real g, Real gx) {

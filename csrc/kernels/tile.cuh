@@ -51,12 +51,25 @@ __device__ __forceinline__ Real load_channel(const void* tensor, int channel, Re
   return tensor ? static_cast<const Real*>(tensor)[channel] : missing;
 }
 
+template <typename Real>
+__device__ __forceinline__ void expect_channel(const void* tensor, int channel) {
+  if (tensor) expect_line(static_cast<const Real*>(tensor) + channel);
+}
+
 // Column c of the [kStatRows][C] tensor.
 template <typename Real>
 __device__ __forceinline__ ChannelStats<Real> stats_of(const void* stats, std::int64_t channels,
                                                        int c) {
   const Real* row = static_cast<const Real*>(stats) + c;
   return {row[0], row[channels], row[2 * channels], row[3 * channels], row[4 * channels]};
+}
+
+template <typename Real>
+__device__ __forceinline__ void expect_stats(const void* stats, std::int64_t channels, int c) {
+  if (!stats) return;
+#pragma unroll
+  for (int row = 0; row < kStatRows; ++row)
+    expect_line(static_cast<const Real*>(stats) + row * channels + c);
 }
 
 }  // namespace brn

@@ -80,6 +80,15 @@ __device__ __forceinline__ Words<(kBytes + 3) / 4> load_words(const void* p) {
   }
 }
 
+// Asks for the line in L1: it is read soon, by this block. Nothing waits for it.
+__device__ __forceinline__ void expect_line(const void* p) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+#else
+  (void)p;
+#endif
+}
+
 // Where a slot is stored to.
 enum class Memory { kGlobal, kShared };
 
