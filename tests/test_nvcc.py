@@ -84,24 +84,31 @@ _NAME = re.compile(
     r"(?P<kernel>[a-z_]+)_kernelI(?P<dtype>d|f|6__half|13__nv_bfloat16)"
     r"(LN\w*?6LayoutE(?P<layout>[01])ELi(?P<slot>\d+))?E"
 )
+LAYOUTS = ("channels_first", "channels_last")
 DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
+def variant_of(mangled: str) -> re.Match:
+    """The parts of a kernel's name."""
+    name = _NAME.search(re.sub(r"^.*?\d+(?=[a-z_]+_kernelI)", "", mangled))
+    assert name is not None, f"a kernel that this test does not know: {mangled}"
+    return name
+
+
 def parse(log: str) -> list[Resources]:
     found = []
     for section in re.split(r"(?=ptxas info\s+: Compiling entry)", log)[1:]:
         entry = _ENTRY.search(section)[1]
-        name = _NAME.search(re.sub(r"^.*?\d+(?=[a-z_]+_kernelI)", "", entry))
-        assert name is not None, f"a kernel that this test does not know: {entry}"
+        name = variant_of(entry)
         frame, shared = _FRAME.search(section), _SHARED.search(section)
         found.append(
             Resources(
                 kernel=name["kernel"],
                 dtype=DTYPES[name["dtype"]],
-                layout=("channels_first", "channels_last")[int(name["layout"] or 0)],
+                layout=LAYOUTS[int(name["layout"] or 0)],
                 slot_bytes=int(name["slot"] or 0),
                 registers=int(_REGISTERS.search(section)[1]),
                 shared=int(shared[1]) if shared else 0,
@@ -112,11 +119,16 @@ def parse(log: str) -> list[Resources]:
     return found
 
 
-def compile_log(nvcc: Path, source: Path, architecture: str, flags: tuple[str, ...] = FLAGS) -> str:
-    digest = hashlib.sha256("\0".join((version_of(nvcc), architecture, *flags)).encode())
+def digest_of(nvcc: Path, source: Path, flags: tuple[str, ...]) -> str:
+    """Of what the result depends on but for the architecture."""
+    digest = hashlib.sha256("\0".join((version_of(nvcc), *flags)).encode())
     for path in sorted(build.included(source, [])):
         digest.update(path.read_bytes())
-    cached = CACHE / f"{source.stem}-{architecture}-{digest.hexdigest()[:24]}.log"
+    return digest.hexdigest()[:24]
+
+
+def compile_log(nvcc: Path, source: Path, architecture: str, flags: tuple[str, ...] = FLAGS) -> str:
+    cached = CACHE / f"{source.stem}-{architecture}-{digest_of(nvcc, source, flags)}.log"
     if not cached.exists():
         sm = "sm_" + architecture.replace(".", "")
         done = subprocess.run(

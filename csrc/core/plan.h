@@ -212,7 +212,7 @@ constexpr int widest_slot(const Problem& p) {
 // is known of each channel of the slab, 8 x 3 + 9 statistics, and a few words.
 constexpr int static_shared_bytes(const Problem& p) {
   const int channels = p.layout == Layout::kChannelsFirst ? 1 : kMaxSlabChannels;
-  return channels * (kMaxThreads / kWarp * 3 + 9) * size_of_statistic(p.dtype) + 64;
+  return channels * (kMaxThreads / kWarp * 3 + 9) * size_of_statistic(p.dtype) + 96;
 }
 
 // Shared memory that is left for a block to ask for while an SM holds as many blocks as ever; may

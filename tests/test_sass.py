@@ -1,0 +1,98 @@
+"""The order in which the machine code loads, without a GPU: a block has one way to memory to wait
+for before its statistics, and all that it needs for them should be under way at once.
+
+The compiler is free to widen a 16-bit value as soon as it is loaded, and to wait for it, in front
+of the loads that follow. It did: every launch, and with channels_last every slab, began with a way
+to memory for the pivots alone, 0.6 to 0.8 us where a small layer takes 5 in all, and no other test
+could have noticed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from sass import Block, disassembled, find_nvdisasm, path_without_waiting
+from simt import build
+from test_nvcc import CACHE, DTYPES, LAYOUTS, digest_of, find_nvcc, variant_of
+
+ARCHITECTURE = "9.0"
+KERNELS = ("forward", "backward", "inference")
+
+
+def cubin(nvcc: Path, kernel: str) -> Path:
+    flags = ("-std=c++17", "-O3", "-cubin", "-arch=sm_" + ARCHITECTURE.replace(".", ""))
+    source = build.REPOSITORY / f"csrc/kernels/{kernel}.cu"
+    path = CACHE / f"{kernel}-{digest_of(nvcc, source, flags)}.cubin"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{id(path)}")
+        subprocess.run([str(nvcc), *flags, str(source), "-o", str(part)], check=True)
+        part.replace(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def code(request) -> dict[tuple[str, str, int], list[Block]]:
+    """The kernel's instantiations, by dtype, layout and slot."""
+    nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
+    if nvcc is None:
+        pytest.skip("no CUDA toolkit: neither nvcc nor its headers are here to compile with")
+    if nvdisasm is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    found = {}
+    for mangled, blocks in disassembled(nvdisasm, cubin(nvcc, request.param)).items():
+        name = variant_of(mangled)
+        layout = LAYOUTS[int(name["layout"])]
+        found[DTYPES[name["dtype"]], layout, int(name["slot"])] = blocks
+    assert len(found) == 2 * (2 + 3 + 4 + 4)
+    return found
+
+
+def tile_of(blocks: list[Block]) -> int:
+    """The first block with all loads of a tile but the last, which may have one of its own. They
+    are marked as the last reads of their lines (EF: evict first)."""
+    most = max(block.count("LDG.E.EF") for block in blocks)
+    return next(k for k, block in enumerate(blocks) if block.count("LDG.E.EF") >= most - 1)
+
+
+@pytest.mark.parametrize("code", KERNELS, indirect=True)
+def test_nothing_is_waited_for_before_the_tile_is_on_its_way(code):
+    for which, blocks in code.items():
+        length = path_without_waiting(blocks, tile_of(blocks))
+        print(which, f"{length} instructions until the tile is on its way")
+        assert length is not None, f"{which}: the tile's loads stand behind a wait for others"
+
+
+@pytest.mark.parametrize("code", ["forward"], indirect=True)
+def test_the_limits_of_the_step_are_computed_beside_the_tile(code):
+    """In double, from the counter and the schedule, which one thread waits for; with it a warp."""
+    for which, blocks in code.items():
+        before = blocks[: tile_of(blocks)]
+        divisions = sum(block.count("MUFU.RCP64H") for block in before)
+        assert divisions == 0 and any(block.count("MUFU.RCP64H") for block in blocks), which
+
+
+@pytest.mark.parametrize(
+    ("code", "layout", "most"),
+    [
+        # It takes up to 12, 7, 8 and 6.
+        ("forward", "channels_first", 14),
+        ("forward", "channels_last", 9),
+        ("backward", "channels_first", 10),
+        ("backward", "channels_last", 8),
+    ],
+    indirect=["code"],
+)
+def test_an_address_is_a_step_from_the_last_one(code, layout, most):
+    """Computed anew for every slot, with 64-bit products, it took the forward pass 18 instructions
+    a load; of two-byte slots an H200 has time for 31 in all, if it is to run at the speed of a copy
+    (132 SMs x 128 lanes x 1.98 GHz over the 4.3 TB/s of a copy, 4 bytes)."""
+    for which, blocks in code.items():
+        if which[1] != layout:
+            continue
+        tile = blocks[tile_of(blocks)]
+        cost = len(tile.instructions) / tile.count("LDG.")
+        print(which, f"{cost:.1f} instructions a load")
+        assert cost <= most, which
