@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def find_nvdisasm() -> Path | None:
-    """Of the CUDA toolkit, or of the package nvidia-cuda-nvdisasm."""
+    """Of the CUDA toolkit on the path, or of the package nvidia-cuda-nvdisasm."""
     if found := shutil.which("nvdisasm"):
         return Path(found)
     spec = importlib.util.find_spec("nvidia")
@@ -117,8 +117,8 @@ def disassembled(nvdisasm: Path, cubin: Path) -> dict[str, list[Block]]:
 
 
 def path_without_waiting(blocks: list[Block], end: int) -> int | None:
-    """Instructions of the shortest way from the first block through block `end` on which none waits
-    for what another has loaded from global memory; None if there is no such way."""
+    """Instructions of the shortest way from the first block through block `end`, without a barrier,
+    on which none waits for what another has loaded from global memory; None if there is none."""
     best: dict[tuple[int, frozenset[int]], int] = {}
     waiting = [(0, 0, frozenset())]
     while waiting:
@@ -128,7 +128,7 @@ def path_without_waiting(blocks: list[Block], end: int) -> int | None:
             continue
         best[k, pending] = length
         for instruction in blocks[k].instructions:
-            if instruction.waits_for & pending:
+            if instruction.waits_for & pending or instruction.opcode.startswith("BAR."):
                 break
             pending |= instruction.loads
             length += 1

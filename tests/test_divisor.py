@@ -9,7 +9,15 @@ import pytest
 
 DIVISOR = Path(__file__).resolve().parents[1] / "csrc/core/divisor.h"
 CXX = os.environ.get("CXX", "c++")
-FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-fsanitize=undefined",
+    "-fno-sanitize-recover=all",
+]
 
 # All small divisors, those beside powers of two, and random ones; each with the dividends on both
 # sides of its multiples, where a quotient that is a little off becomes another.

@@ -128,7 +128,7 @@ BUGS = [
         "r + 1 <= plan.team ? each : last",
     ),
     Bug(
-        "records about the team's first mean, not their own first one's",
+        "a mean about a thread's first record taken for one about the team's",
         "kernels/moments.cuh",
         "all.mean[0] = centre_ + further;",
         "all.mean[0] = further;",
@@ -231,8 +231,7 @@ BUGS = [
         "counter moved before every block has read it",
         "kernels/forward.cu",
         "unsigned ticket = 0;",
-        "unsigned ticket = 0;\n"
-        "    if (asks && blockIdx.x == 0) *params.num_batches_tracked += 1;",
+        "unsigned ticket = 0;\n    if (asks && blockIdx.x == 0) *params.num_batches_tracked += 1;",
     ),
     Bug(
         "a block asks for its ticket with every slab",
@@ -419,10 +418,10 @@ BUGS = [
     Bug(
         "a round is stored before it is loaded",
         "kernels/backward.cu",
-        "      const int slots = in_range ? walk.slots(piece) : 0;\n"
+        "      const int slots = walk.in_range(there) ? walk.slots(piece) : 0;\n"
         "      Cursor cursor = walk.begin(p, channel0, piece);\n"
         "      const bool retained = plan.retains(round);\n",
-        "      const int slots = in_range ? walk.slots(piece) : 0;\n"
+        "      const int slots = walk.in_range(there) ? walk.slots(piece) : 0;\n"
         "      Cursor cursor = walk.begin(p, channel0, piece);\n"
         "      const bool retained = plan.retains(round);\n"
         "      if (retained && round > 0)\n"
@@ -523,7 +522,7 @@ ALSO = {
     "mean of squares minus square of the mean": (
         "kernels/moments.cuh",
         "(centre[k] - pivot[k]) + mean",
-        "mean - pivot[k]",
+        "((kFirstAgain ? centre[k] : Real(0)) - pivot[k]) + mean",
     ),
     "counter moved before every block has read it": (
         "kernels/forward.cu",

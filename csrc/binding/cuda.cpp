@@ -38,6 +38,10 @@ void check_launch(cudaError_t error, const char* pass) {
   check_cuda(error, pass);
 }
 
+void check_counts(const Problem& p) {
+  require(p.channels <= kMostChannels, "on a GPU x may have 2^30 channels, got ", p.channels);
+}
+
 Device planned_for(const DeviceState& state) {
   return {state.sm_count, static_cast<double>(state.l2_bytes), state.shared_bytes,
           state.capability};
@@ -50,6 +54,7 @@ Device planned_for(const DeviceState& state) {
 template <typename Run>
 void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream_t stream,
                  bool counts, bool proposes, Plans DeviceState::* plans, Run run) {
+  check_counts(p);
   DeviceState& state = device_state(x.get_device_index());
   std::optional<Tensor> proposals, partials;
   Workspace workspace;
@@ -112,6 +117,7 @@ struct Cuda {
   }
 
   static void inference(const Problem& p, const InferenceParams& params, const Tensor& x) {
+    check_counts(p);
     const Device device = planned_for(device_state(x.get_device_index()));
     const int error = launch_inference(p, plan_inference(p, device), params, current_stream(x));
     check_launch(static_cast<cudaError_t>(error), "inference");
@@ -140,6 +146,7 @@ struct Cuda {
 
   static void backward_project(const Problem& p, const BackwardProjectParams& params,
                                const Tensor& x) {
+    check_counts(p);
     const Device device = planned_for(device_state(x.get_device_index()));
     const int error =
         launch_backward_project(p, plan_backward_project(p, device), params, current_stream(x));

@@ -140,8 +140,11 @@ constexpr std::int64_t positions(const Problem& p, int slot_bytes) {
 constexpr std::int64_t kMostInt = 0x7fffffff;
 
 // Positions that a block owns, at most, so that they are counted in 32 bits, a round beyond their
-// end included. A slab with more for each resident block has 2^39 slots on an H200.
+// end included. A slab with more for each resident block has over 2^38 slots on an H200.
 constexpr std::int64_t kMostShare = std::int64_t{1} << 30;
+
+// Channels, at most: blocks count slabs in 32 bits, a wave beyond the last one included.
+constexpr std::int64_t kMostChannels = std::int64_t{1} << 30;
 
 // How a thread steps from one of its slots to the next, a block's whole pass further on. Computed
 // once on the host, so that the kernels find it in constant memory and spend neither registers nor
@@ -293,9 +296,8 @@ constexpr double kLook2 = 5.5e6;  // bytes per us out of an H200's L2
 // kChannelsLast, 128 channels and 196 blocks, 98 records a thread and 39 MB out of L2.
 constexpr double merging(const Problem& p, const Plan& plan, Pass pass) {
   constexpr double kWay = 0.4;  // us: to L2 and back, for as many as are on their way at a time
-  // us a record, while the other warps of the SM do the same: some 22 instructions with a division,
-  // or 8.
-  const double merge = pass == Pass::kForward ? 0.05 : 0.02;
+  // us a record, while the other warps of the SM do the same: some 16 instructions, or 8.
+  const double merge = pass == Pass::kForward ? 0.035 : 0.02;
   const std::int64_t published = std::int64_t{plan.team} * slab_channels(p, plan);
   const std::int64_t records = ceil_div(published, plan.threads);
   const std::int64_t ways = ceil_div(records, records_ahead(p.layout, plan.slot_bytes));

@@ -49,7 +49,7 @@ struct ChannelState {
   Real weight;
 };
 
-// The centres of a stripe are among it.
+// Of what it asks for, centre_of() reads one row.
 template <typename Real>
 __device__ __forceinline__ void expect_state(const BackwardParams& params, const Problem& p,
                                              int c) {

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
       compute_here(c);
       const ChannelState<Real> state = states[own];
       PivotedMoments<Real> all = around_mean(total, pivots[own]);
-      all.moments.count = step.count;
+      all.moments.count = step.values;
       const ChannelStats<Real> stats =
           channel_stats(all.moments, all.pivot, step.epsilon, state.running, step.limits);
       affines.write(own, training_affine(stats, state.weight, state.bias));

@@ -23,7 +23,7 @@ namespace brn {
 
 // A thread's part of them: an element, or slots of rows that lie as far apart as its warp's lanes
 // cover, up to 64 / columns of them in all. Packed until the tile is on its way: to widen them is
-// to wait for them, and the compiler would do that in front of the tile's loads, which then left a
+// to wait for them, and the compiler would do that in front of the tile's loads, which then leave a
 // way to memory later (SASS, sm_90).
 template <typename Slot, Layout kLayout>
 class Pivots {

@@ -35,7 +35,7 @@ struct MomentsOf {
   }
   __device__ __forceinline__ Record get(int k) const { return {count, mean[k], m2[k]}; }
 
-  // brn::merge, channel by channel.
+  // As brn::merge, channel by channel.
   __device__ __forceinline__ void merge(const MomentsOf& other) {
     const Real total = count + other.count;
     const Real weight = total > Real(0) ? other.count / total : Real(0);
@@ -123,9 +123,9 @@ __device__ __forceinline__ ExactMoments<Real> total_of(const Moments<Real>* reco
   Real m2 = records[0].m2;
 #pragma unroll
   for (int g = 1; g < kMostGroups; ++g) {
-    Moments<Real> m = {Real(0), first, Real(0)};
+    Moments<Real> m{};
     if (g < count) m = records[g * stride];
-    const Real delta = m.mean - first;
+    const Real delta = g < count ? m.mean - first : Real(0);  // first may be infinite
     const Real moved = m.count * delta;
     values += m.count;
     sum += moved;

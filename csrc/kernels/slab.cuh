@@ -27,8 +27,8 @@ __device__ __forceinline__ int saturated(std::int64_t n) {
   return static_cast<int>(n < kMostInt ? (n > 0 ? n : 0) : kMostInt);
 }
 
-// The slot that a thread is at. 32 bits are enough for what is left of a plane: where a plane has
-// more slots than that, no round reaches its end.
+// The slot that a thread is at. 32 bits are enough for what is left of a plane: where that is more,
+// no round reaches the plane's end.
 struct Cursor {
   std::int64_t offset;  // its first byte, counted from the tensor's
   int plane_left;       // kChannelsFirst: slots to the end of the plane, this one included

@@ -17,7 +17,7 @@ struct Step {
   Limits<Real> limits;
   Real momentum;
   Real epsilon;
-  Real count;  // of a channel's values
+  Real values;  // of a channel
   bool follows_counter;
 };
 
@@ -27,14 +27,14 @@ __device__ __forceinline__ std::int64_t step_count(const StepParams& params) {
 
 // All that the host has said itself.
 template <typename Real>
-__device__ __forceinline__ Step<Real> fixed_step(const StepParams& params, std::int64_t count) {
+__device__ __forceinline__ Step<Real> fixed_step(const StepParams& params, std::int64_t values) {
   Step<Real> step;
   step.limits = {Real(1), Real(0)};  // no history to correct towards
   if (params.running_mean)
     step.limits = {static_cast<Real>(params.limits.r_max), static_cast<Real>(params.limits.d_max)};
   step.momentum = static_cast<Real>(params.momentum);
   step.epsilon = static_cast<Real>(params.epsilon);
-  step.count = static_cast<Real>(count);
+  step.values = static_cast<Real>(values);
   step.follows_counter = (params.running_mean && params.schedule) || params.momentum < 0.0;
   return step;
 }
