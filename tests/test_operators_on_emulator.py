@@ -178,3 +178,32 @@ operators.fail(0)
 assert equal((*layer.step(), *layer.state()), (*alone.step(), *alone.state()))
 assert operators.control_words_in_use() == 0
 """)
+
+
+def test_what_blocks_cannot_count_is_refused():
+    """Of memory that nobody touches: 2^30 + 2 channels, and on one SM a plane of 2^30 slots for
+    each of its three blocks, and one more."""
+    program("""
+take_over(sms=1)
+
+
+def refuse(call, *words):
+    try:
+        call()
+    except RuntimeError as error:
+        assert all(word in str(error) for word in words), error
+    else:
+        raise AssertionError("no error")
+
+
+channels = 2**30 + 2
+layer = [torch.empty(channels) for _ in range(2)]
+x = torch.empty(1, channels, dtype=torch.float16)
+refuse(lambda: torch.ops.batchrenorm.inference(x, None, None, *layer), "2^30 channels", "1073741826")
+x = torch.empty(1, 1, 3 * 2**30 + 1, dtype=torch.float16)
+refuse(
+    lambda: torch.ops.batchrenorm.backward(x, x, None, torch.empty(5, 1)),
+    "x of 3221225473 elements",
+    "1 multiprocessors",
+)
+""")
