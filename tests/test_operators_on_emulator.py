@@ -199,10 +199,11 @@ def refuse(call, *words):
 channels = 2**30 + 2
 layer = [torch.empty(channels) for _ in range(2)]
 x = torch.empty(1, channels, dtype=torch.float16)
-refuse(lambda: torch.ops.batchrenorm.inference(x, None, None, *layer), "2^30 channels", "1073741826")
+ops = torch.ops.batchrenorm
+refuse(lambda: ops.inference(x, None, None, *layer), "2^30 channels", "1073741826")
 x = torch.empty(1, 1, 3 * 2**30 + 1, dtype=torch.float16)
 refuse(
-    lambda: torch.ops.batchrenorm.backward(x, x, None, torch.empty(5, 1)),
+    lambda: ops.backward(x, x, None, torch.empty(5, 1)),
     "x of 3221225473 elements",
     "1 multiprocessors",
 )
