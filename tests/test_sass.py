@@ -98,3 +98,15 @@ def test_an_address_is_a_step_from_the_last_one(code, layout, most):
         cost = len(blocks[tile].instructions) / blocks[tile].count("LDG.")
         print(which, f"{cost:.1f} instructions a load")
         assert cost <= most, which
+
+
+@pytest.mark.parametrize("code", ["forward", "backward"], indirect=True)
+def test_nothing_is_asked_for_in_the_l1_that_the_barrier_empties(code):
+    """An acquire is a load and an invalidation of all the L1: what was asked for there before is
+    gone when the barrier opens."""
+    for which, (blocks, _) in code.items():
+        counts = {op: sum(b.count(op) for b in blocks) for op in ("CCTL.IVALL", "CCTL.E.PF")}
+        asked = sum(b.count("CCTL.E.PF2") for b in blocks)
+        print(which, counts, asked)
+        assert counts["CCTL.IVALL"] > 0 and counts["CCTL.E.PF"] == asked, which
+        assert asked > 0 or which[2] == 2, f"{which}: slots that are copied ahead, but no state"

@@ -42,8 +42,8 @@ class Pivots {
       first_[i] = Piece::template load<Reuse::kByEveryWarp>(element(i, x, p, plan));
   }
 
-  // Asks for what load() will read: of a slab that is in shared memory by then, nothing else is
-  // waited for.
+  // Asks for what load() will read: of a slab that is in shared memory by then, nothing else would
+  // have to come from further than L2.
   __device__ __forceinline__ static void expect(const T* x, const Problem& p, const Plan& plan) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) expect_line(element(i, x, p, plan));

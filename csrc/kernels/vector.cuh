@@ -80,10 +80,11 @@ __device__ __forceinline__ Words<(kBytes + 3) / 4> load_words(const void* p) {
   }
 }
 
-// Asks for the line in L1: it is read soon, by this block. Nothing waits for it.
+// Asks for the line in L2: it is read soon, by this block. Nothing waits for it. Not in L1, which
+// every look at the team's barrier empties: an acquire is a load and CCTL.IVALL (SASS, sm_90).
 __device__ __forceinline__ void expect_line(const void* p) {
 #if defined(__CUDACC__)
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #else
   (void)__ldca(static_cast<const char*>(p));  // no such line: the emulator says so
 #endif
