@@ -34,6 +34,7 @@ class Plan:
     waves: int
     positions_per_pass: int
     positions_per_round: int
+    bundles: bool  # planes of neighbouring channels side by side
     lanes: int
     slab_channels: int
     positions: int

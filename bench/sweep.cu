@@ -188,7 +188,7 @@ std::vector<Plan> candidates(const Problem& p, const Device& device, Pass pass) 
       if (plan.threads >= columns * lanes || !rows) add(plan);
     }
     plan.threads = brn::kMaxThreads;
-    const std::int64_t total = brn::positions(p, slot_bytes);
+    const std::int64_t total = brn::positions(p, plan);
     const std::int64_t fills = brn::ceil_div(total, plan.positions_per_round());
     const std::int64_t retains =
         brn::ceil_div(fills, 1 + brn::most_retained(p, device, plan, pass));

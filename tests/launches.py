@@ -65,6 +65,12 @@ def ahead(why: str, team: int = 2, threads: int = 64, columns: int = 1, **geomet
     return Case(f"prefetch: {why}", choice=choice, **geometry)
 
 
+def bundle(why: str, s: int = 49, threads: int = 64, **geometry) -> Case:
+    """Planes side by side as whole slots, unless elements have 8 bytes."""
+    choice = {"threads": threads, "team": 1, "columns": s} | geometry.pop("choice", {})
+    return Case(f"bundle: {why}", choice=choice, s=s, **geometry)
+
+
 def retaining(why: str, retained: int, threads: int = 64, **geometry) -> Case:
     """A plan of several rounds, of which as many before the last stay in shared memory, or all if
     it has not so many or they are wide."""
@@ -252,6 +258,34 @@ CASES = [
     retaining(
         "rows: a block alone", 2, n=20, c=24, s=49, layout=LAST, choice={"columns": 4, "team": 1}
     ),
+    bundle("7x7", n=3, c=16),
+    bundle("one image", n=1, c=8),
+    bundle("threads of several images", n=21, c=8, threads=256),
+    bundle("a row of the block that no image fills", n=6, c=8, threads=256),
+    bundle("fewest slots: 3x3", n=9, c=16, s=9),
+    bundle("planes of 9x9, several passes", n=19, c=8, s=81, threads=128),
+    bundle("a column a thread", n=3, c=8, s=255, threads=256),
+    bundle("planes that are 8-byte slots", n=3, c=8, s=100, threads=128),
+    bundle("boundaries between slots", n=3, c=16, s=16),
+    bundle("no boundary inside a slot", n=3, c=8, s=64),
+    bundle("rounds", n=40, c=8),
+    bundle("large mean", n=12, c=8, s=25, mean=1e4, std=1.0),
+    bundle("more slabs than blocks that run at a time", n=2, c=80, sms=1),
+    bundle("team of two", n=11, c=24, choice={"team": 2}),
+    bundle("team of three in many waves", n=11, c=40, sms=2, choice={"team": 3}),
+    bundle("team of many, large mean", n=40, c=8, sms=10, mean=1e4, std=1.0, choice={"team": 20}),
+    bundle("rounds in a team", n=50, c=24, sms=2, choice={"team": 2}),
+    bundle("prefetch", n=8, c=56, sms=2, choice={"team": 2, "prefetch": 1}),
+    bundle(
+        "prefetch of whole blocks",
+        n=38,
+        c=24,
+        sms=1,
+        threads=256,
+        choice={"team": 2, "prefetch": 1},
+    ),
+    bundle("retain all", n=50, c=24, sms=2, choice={"team": 2, "retained": 99}),
+    bundle("retain one of many", n=50, c=16, sms=1, choice={"team": 1, "retained": 1}),
     ahead("one slab more than teams", n=6, c=4, s=64, sms=2, team=2),
     ahead("many slabs", n=6, c=23, s=64, sms=2, team=2),
     ahead("ragged shares, last wave not full", n=5, c=7, s=116, sms=2, team=3),
@@ -277,6 +311,7 @@ STATE_CASES = [
     Case(
         "rows", n=9, c=40, s=49, layout=LAST, sms=2, choice={"columns": 4, "threads": 64, "team": 2}
     ),
+    bundle("a team", n=11, c=24, sms=2, choice={"team": 2}),
     ahead("a team", n=8, c=5, s=64, sms=2),
     ahead("rows", n=4, c=40, s=30, sms=2, layout=LAST, columns=4),
     retaining("a team", 99, n=12, c=5, s=1000, sms=2),
@@ -288,22 +323,43 @@ def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str
     plan = emulator.plan(which, problem)
     if not choice or which == Pass.INFERENCE:
         return plan
-    made = {"team": plan.team, "threads": plan.threads, "columns": plan.columns, **choice}
-    # A block has at least one thread for each of its channels.
-    most = 128 // (plan.slot_bytes // ITEM_SIZE[problem.dtype])
-    made["columns"] = min(made["columns"], most)
-    # float64 holds half as many blocks an SM.
-    made["team"] = min(made["team"], emulator.sm_count * blocks_per_sm(problem))
+    made = {
+        "team": plan.team,
+        "threads": plan.threads,
+        "columns": plan.columns,
+        "slot_bytes": plan.slot_bytes,
+        "slots": plan.slots,
+        **choice,
+    }
+    if problem.layout == FIRST and "columns" in choice:
+        # Bundles of planes, or channels one by one, of slots as the planner would have them.
+        alone = problem.dtype == "float64" or made["columns"] == 1
+        slot_bytes = widest_slot(problem) if alone else 16
+        most = 128 if which == Pass.FORWARD else 64
+        made |= {"slot_bytes": slot_bytes, "slots": min(most // slot_bytes, 16)}
+        made["columns"] = 1 if alone else made["columns"]
+        made["threads"] = max(made["threads"], 1 << (made["columns"] - 1).bit_length())
+    lanes = made["slot_bytes"] // ITEM_SIZE[problem.dtype]
     if problem.layout == LAST:
-        channels = made["columns"] * plan.slot_bytes // ITEM_SIZE[problem.dtype]
-        made["threads"] = max(made["threads"], channels)
-    return emulator.cut(which, problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made)
+        # A block has at least one thread for each of its channels.
+        made["columns"] = min(made["columns"], 128 // lanes)
+        made["threads"] = max(made["threads"], made["columns"] * lanes)
+    # float64 holds half as many blocks an SM.
+    most = emulator.sm_count * blocks_per_sm(problem, made["columns"])
+    made["team"] = min(made["team"], most)
+    return emulator.cut(which, problem, **made)
 
 
-def blocks_per_sm(problem: Problem) -> int:
+def widest_slot(problem: Problem) -> int:
+    size = ITEM_SIZE[problem.dtype]
+    row = problem.spatial * size
+    return max(b for b in (2, 4, 8, 16) if b == size or not (row % b or problem.alignment % b))
+
+
+def blocks_per_sm(problem: Problem, columns: int = 1) -> int:
     if problem.dtype == "float64":
         return 1
-    return 3 if problem.layout == FIRST else 2
+    return 3 if problem.layout == FIRST and columns == 1 else 2
 
 
 def draw(case: Case, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:

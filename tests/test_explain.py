@@ -28,7 +28,9 @@ def sizes_of(row: explain.Expectation) -> list[int]:
 
 def blocks_of_an_sm(row: explain.Expectation) -> int:
     """The kernels' launch bounds."""
-    return 1 if row.dtype == "float64" else 3 if row.layout == "nchw" else 2
+    if row.dtype == "float64":
+        return 1
+    return 3 if row.layout == "nchw" and row.slab_channels == 1 else 2
 
 
 def rows_printed(text: str) -> list[list[str]]:
@@ -46,7 +48,8 @@ def test_every_shape_of_every_suite_has_a_plan_that_fits(device_like):
         batch, channels, *spatial = sizes_of(row)
         size = ITEM_SIZE[row.dtype]
         pixels = row.tensor_bytes // size // batch // channels
-        assert (pixels if row.layout == "nchw" else channels) * size % row.slot_bytes == 0, row
+        side_by_side = pixels * row.slab_channels if row.layout == "nchw" else channels
+        assert side_by_side * size % row.slot_bytes == 0, row
         assert row.slabs * row.slab_channels >= channels, row
         assert row.waves * row.teams >= row.slabs, row
         if row.op != "inference" and row.team > 1:
@@ -136,10 +139,10 @@ def test_full_rounds_are_kept_and_not_what_is_left_over(shape, dtype, layout, op
 
 
 def test_what_runs_at_once_is_what_l2_has_to_hold():
-    """2048 lone blocks, 396 of them resident: 50 MB are read again, 10 at a time."""
-    sizes = 256, 2048, 49
+    """2044 lone blocks, 396 of them resident: 50 MB are read again, 10 at a time."""
+    sizes = 256, 2044, 49
     plan = _C.plan("forward", *sizes, dtype="bfloat16", l2_bytes=60e6, shared_bytes=0)
-    assert plan.team == 1 and plan.teams == 2048 and plan.bytes_reread > L2_REACH
+    assert plan.team == 1 and plan.teams == 2044 and plan.bytes_reread > L2_REACH
     assert plan.bytes_in_flight == plan.bytes_reread * plan.resident_blocks // plan.slabs
     assert plan.bytes_missed == 0
     planned = _C.plan("backward", 8, 19, 512 * 1024, shared_bytes=0, l2_bytes=30e6)

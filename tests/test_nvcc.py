@@ -82,9 +82,9 @@ class Resources:
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")
 _NAME = re.compile(
     r"(?P<kernel>[a-z_]+)_kernelI(?P<dtype>d|f|6__half|13__nv_bfloat16)"
-    r"(LN\w*?6LayoutE(?P<layout>[01])ELi(?P<slot>\d+))?E"
+    r"(LN\w*?6LayoutE(?P<layout>[012])ELi(?P<slot>\d+))?E"
 )
-LAYOUTS = ("channels_first", "channels_last")
+LAYOUTS = ("channels_first", "channels_last", "bundles")
 DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -184,7 +184,8 @@ def logs(nvcc: Path):
 def test_kernel_fits_its_registers(logs, architecture: str, kernel: str):
     found = parse(logs(kernel, architecture))
     # Two layouts times the slot widths: 2 of double, 3 of float, 4 each of half and bfloat16.
-    expected = 2 if kernel == "merge" else 2 * (2 + 3 + 4 + 4)
+    # Bundles have one width, and are not of double.
+    expected = 2 if kernel == "merge" else 2 * (2 + 3 + 4 + 4) + 3
     assert len(found) == expected and {r.kernel for r in found} == {kernel}
     for r in found:
         where = f"{architecture} {r.kernel} {r.dtype} {r.layout} {r.slot_bytes}"
@@ -205,9 +206,12 @@ def test_kernel_fits_its_registers(logs, architecture: str, kernel: str):
             continue
         # With what a prefetch needs there are as many blocks, and the planner knows it; what it
         # retains is what it then sees left.
-        keywords = {"layout": r.layout, "dtype": r.dtype, "alignment": r.slot_bytes}
-        plan = _C.plan(PREFETCHING[kernel], 2, 256, 256, **keywords)
-        assert plan.slot_bytes == r.slot_bytes
+        bundles = r.layout == "bundles"
+        keywords = {"dtype": r.dtype, "alignment": r.slot_bytes}
+        keywords["layout"] = "channels_first" if bundles else r.layout
+        sizes = (256, 2048, 49) if bundles else (2, 256, 256)
+        plan = _C.plan(PREFETCHING[kernel], *sizes, **keywords)
+        assert plan.slot_bytes == r.slot_bytes and plan.bundles == bundles
         assert r.shared + 16 <= plan.shared_bytes - plan.dynamic_shared_bytes
         block = -(-(r.shared + 16 + _C.PREFETCH_BYTES + 1024) // 128) * 128
         assert architecture == "7.5" or r.blocks_per_sm * block <= SHARED_MEMORY[architecture]

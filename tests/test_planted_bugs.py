@@ -39,6 +39,38 @@ class Bug:
 
 BUGS = [
     Bug(
+        "a bundle's first column counted to the channel before",
+        "kernels/bundle.cuh",
+        "(column == 0 ? second : 0)",
+        "(column == 0 ? 0 : second)",
+    ),
+    Bug(
+        "a bundle's first column counted to the channel before, backward",
+        "kernels/bundle.cuh",
+        "(column == 0 ? second : 0)",
+        "(column == 0 ? 0 : second)",
+        kernel="backward",
+    ),
+    Bug(
+        "a bundle's records read before they are written",
+        "kernels/bundle.cuh",
+        "of_lanes(lanes, split, true);\n  __syncthreads();",
+        "of_lanes(lanes, split, true);",
+    ),
+    Bug(
+        "what a bundle's warps leave lies where others still read",
+        "kernels/bundle.cuh",
+        "records + kBundleRecords;",
+        "records;",
+    ),
+    Bug(
+        "a boundary of a bundle one lane late",
+        "kernels/slab.cuh",
+        "return first + (lane < split ? 0 : 1);",
+        "return first + (lane <= split ? 0 : 1);",
+        kernel="backward",
+    ),
+    Bug(
         "moving statistics read after the team has met",
         "kernels/forward.cu",
         "const ChannelState<Real> state = states[own];",

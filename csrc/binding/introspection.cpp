@@ -57,8 +57,8 @@ T parse(const char* argument, const std::string& got, const Name<T> (&names)[kCo
   throw std::invalid_argument(std::string(argument) + " must be one of " + known + ", got " + got);
 }
 
-// A plan together with what it was made for, so that Python asks one question and reads all the
-// answers.
+// A plan together with what it was made for, as the plan sees it, so that Python asks one question
+// and reads all the answers.
 struct LaunchPlan {
   Pass pass;
   Problem problem;
@@ -108,6 +108,7 @@ LaunchPlan launch_plan(const std::string& pass, std::int64_t batch, std::int64_t
         std::to_string(alignment));
   }
   l.plan = make_plan(l.pass, l.problem, l.device);
+  l.problem = as_planned(l.problem, l.plan);
   return l;
 }
 
@@ -144,11 +145,13 @@ void define(py::module_& m) {
                              [](const LaunchPlan& l) { return l.plan.positions_per_pass(); })
       .def_property_readonly("positions_per_round",
                              [](const LaunchPlan& l) { return l.plan.positions_per_round(); })
+      .def_property_readonly(
+          "bundles", [](const LaunchPlan& l) { return l.problem.layout == Layout::kBundles; })
       .def_property_readonly("lanes", [](const LaunchPlan& l) { return lanes(l.problem, l.plan); })
       .def_property_readonly("slab_channels",
                              [](const LaunchPlan& l) { return slab_channels(l.problem, l.plan); })
-      .def_property_readonly(
-          "positions", [](const LaunchPlan& l) { return positions(l.problem, l.plan.slot_bytes); })
+      .def_property_readonly("positions",
+                             [](const LaunchPlan& l) { return positions(l.problem, l.plan); })
       .def_property_readonly("control_words",
                              [](const LaunchPlan& l) { return control_words(l.plan.teams); })
       .def_property_readonly("partials_bytes",

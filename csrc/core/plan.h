@@ -1,15 +1,21 @@
 // How a problem is cut into blocks: pure functions of sizes, so that the whole decision can be read
 // from Python and tested for every shape on a machine without a GPU.
 //
-// A slab is what is reduced together: one channel (kChannelsFirst) or a stripe of neighbouring
-// channels (kChannelsLast). A team of blocks owns a slab at a time and keeps it in registers, and
-// in shared memory what they do not hold, between the statistics and the normalisation, so that x
-// is read from memory once. Inside a slab, data lies at positions; a thread moves one slot, 16
-// bytes where it can, at one:
+// A slab is what is reduced together: one channel (kChannelsFirst), a stripe of neighbouring
+// channels (kChannelsLast) or a bundle of them (kBundles). A team of blocks owns a slab at a time
+// and keeps it in registers, and in shared memory what they do not hold, between the statistics and
+// the normalisation, so that x is read from memory once. Inside a slab, data lies at positions; a
+// thread moves one slot, 16 bytes where it can, at one. With lanes = elements of a slot:
 //
-//   kChannelsFirst   position = slot in the channel        N * S / lanes of them, lanes = elements
-//   of a slot kChannelsLast    position = row of the [N*S][C] matrix  `columns` slots side by side,
-//   lanes * columns channels wide
+//   kChannelsFirst   position = slot in the channel, N * S / lanes of them
+//   kChannelsLast    position = row of the [N*S][C] matrix; `columns` slots side by side, lanes *
+//                    columns channels wide
+//   kBundles         position = image, row of the [N][C*S] matrix; `columns` = S slots side by
+//                    side, lanes channels wide
+//
+// Bundles are for planes that are no whole slots, 7 x 7 of two bytes first of all. As many planes
+// side by side as a slot has lanes are whole slots, whatever S is, and where S is at least as large
+// a slot meets two channels at most.
 #pragma once
 
 #include "divisor.h"
@@ -38,9 +44,9 @@ constexpr int kMinThreads = 64;
 constexpr int kMaxSlabChannels = 128;
 
 // Blocks an SM is sure to hold, the second argument of __launch_bounds__. Three keep 8 x 16 bytes a
-// thread at 80 registers without spills; a thread of kChannelsLast also carries the moments of each
-// of its lanes and needs 128. Arithmetic in double takes twice the registers; it is there to be
-// right, not to be fast.
+// thread at 80 registers without spills; a thread of the other layouts also carries the moments of
+// each of its lanes and needs 128. Arithmetic in double takes twice the registers; it is there to
+// be right, not to be fast.
 BRN_HD constexpr int blocks_per_sm(Layout layout, int element_bytes) {
   if (element_bytes == 8) return 1;
   return layout == Layout::kChannelsFirst ? 3 : 2;
@@ -61,10 +67,10 @@ BRN_HD constexpr int slots_per_thread(Pass pass, int slot_bytes) {
 
 // How many partial results of a team a thread has on their way from L2 at a time. Where a slab is a
 // stripe of channels it merges up to some hundred of them, and one by one each would cost a way to
-// L2 and back; of a channel by itself, one or two. With slots of two bytes the forward kernel has
-// registers for four (8: 16 bytes of spills; ptxas, sm_90).
+// L2 and back; of a channel by itself or of a bundle, one or two. With slots of two bytes the
+// forward kernel has registers for four (8: 16 bytes of spills; ptxas, sm_90).
 BRN_HD constexpr int records_ahead(Layout layout, int slot_bytes) {
-  if (layout == Layout::kChannelsFirst) return 1;
+  if (layout != Layout::kChannelsLast) return 1;
   return slot_bytes == 2 ? 4 : 8;
 }
 
@@ -81,7 +87,7 @@ struct Device {
 
 struct Plan {
   int slot_bytes = 0;      // 16, 8, 4 or 2, a multiple of the element
-  int columns = 1;         // slots side by side across channels; 1 in kChannelsFirst
+  int columns = 1;         // slots side by side; 1 in kChannelsFirst, S in kBundles
   int slots = 0;           // a thread keeps in registers
   int threads = 0;         // of a block, a power of two
   int team = 0;            // blocks that share a slab; if several, they meet at a barrier
@@ -128,13 +134,38 @@ constexpr int lanes(const Problem& p, const Plan& plan) {
   return plan.slot_bytes / size_of(p.dtype);
 }
 
-constexpr int slab_channels(const Problem& p, const Plan& plan) {
-  return p.layout == Layout::kChannelsFirst ? 1 : plan.columns * lanes(p, plan);
+// How the plan sees the problem.
+constexpr Layout layout_of(const Problem& p, const Plan& plan) {
+  return p.layout == Layout::kChannelsFirst && plan.columns > 1 ? Layout::kBundles : p.layout;
+}
+constexpr Problem as_planned(Problem p, const Plan& plan) {
+  p.layout = layout_of(p, plan);
+  return p;
 }
 
-constexpr std::int64_t positions(const Problem& p, int slot_bytes) {
-  return p.layout == Layout::kChannelsFirst ? p.reduced() / (slot_bytes / size_of(p.dtype))
-                                            : p.reduced();
+constexpr int slab_channels(const Problem& p, const Plan& plan) {
+  switch (layout_of(p, plan)) {
+    case Layout::kChannelsFirst: return 1;
+    case Layout::kBundles: return lanes(p, plan);
+    default: return plan.columns * lanes(p, plan);
+  }
+}
+
+constexpr std::int64_t positions(const Problem& p, const Plan& plan) {
+  switch (layout_of(p, plan)) {
+    case Layout::kChannelsFirst: return p.reduced() / lanes(p, plan);
+    case Layout::kBundles: return p.batch;
+    default: return p.reduced();
+  }
+}
+
+// Elements of a channel at a position.
+constexpr int values_per_position(const Problem& p, const Plan& plan) {
+  switch (layout_of(p, plan)) {
+    case Layout::kChannelsFirst: return lanes(p, plan);
+    case Layout::kBundles: return static_cast<int>(p.spatial);
+    default: return 1;
+  }
 }
 
 constexpr std::int64_t kMostInt = 0x7fffffff;
@@ -148,7 +179,8 @@ constexpr std::int64_t kMostChannels = std::int64_t{1} << 30;
 
 // How a thread steps from one of its slots to the next, a block's whole pass further on. Computed
 // once on the host, so that the kernels find it in constant memory and spend neither registers nor
-// divisions on it. `plane` counts slots; in kChannelsLast there are none.
+// divisions on it. `plane` counts slots; in kChannelsLast there are none, and in kBundles they are
+// the columns.
 struct Stride {
   std::int64_t step = 0;       // bytes from a slot to the next
   std::int64_t leap = 0;       // bytes when that leaves the plane: over the other channels' planes
@@ -157,19 +189,30 @@ struct Stride {
   int plane_step = 0;          // slots that a step moves on inside a plane
   int pass = 0;                // positions that a block covers at once
   int share = 0;               // positions that a block owns, the last of a team maybe fewer
+  int values = 1;              // elements of a channel at a position
   std::int64_t positions = 0;  // of a slab
   Divisor by_plane;
+  Divisor by_pass;  // kBundles; elsewhere it is a power of two
   Divisor by_team;
 };
 
 constexpr Stride stride(const Problem& p, const Plan& plan) {
   Stride s;
-  s.positions = positions(p, plan.slot_bytes);
+  s.positions = positions(p, plan);
+  s.values = values_per_position(p, plan);
   s.pass = plan.positions_per_pass();
   s.share = static_cast<int>(plan.share);
   s.by_team = Divisor(plan.team);
-  if (p.layout == Layout::kChannelsLast) {
+  const Layout layout = layout_of(p, plan);
+  if (layout == Layout::kChannelsLast) {
     s.step = s.pass * p.channels * size_of(p.dtype);
+    return s;
+  }
+  if (layout == Layout::kBundles) {
+    s.plane = plan.columns;
+    s.by_plane = Divisor(s.plane);
+    s.by_pass = Divisor(s.pass);
+    s.step = s.pass * p.channels * p.spatial * size_of(p.dtype);
     return s;
   }
   s.plane = p.spatial / lanes(p, plan);
@@ -211,11 +254,18 @@ constexpr int widest_slot(const Problem& p) {
   return bytes;
 }
 
+// Records that threads of a bundle hand on: of each of two channels. Elsewhere warps do.
+constexpr int kBundleRecords = 2 * kMaxThreads;
+
 // Shared memory that a block takes beside what it asks for, at most: a record of each warp and what
-// is known of each channel of the slab, 8 x 3 + 9 statistics, and a few words.
+// is known of each channel of the slab, 8 x 3 + 9 statistics, and a few words. A bundle has 8
+// channels at most, and records of its threads beside.
 constexpr int static_shared_bytes(const Problem& p) {
-  const int channels = p.layout == Layout::kChannelsFirst ? 1 : kMaxSlabChannels;
-  return channels * (kMaxThreads / kWarp * 3 + 9) * size_of_statistic(p.dtype) + 96;
+  const int channels = p.layout == Layout::kChannelsFirst ? 1
+                       : p.layout == Layout::kBundles     ? 8
+                                                          : kMaxSlabChannels;
+  const int more = p.layout == Layout::kBundles ? 3 * kBundleRecords : 0;
+  return (channels * (kMaxThreads / kWarp * 3 + 9) + more) * size_of_statistic(p.dtype) + 96;
 }
 
 // Shared memory that is left for a block to ask for while an SM holds as many blocks as ever; may
@@ -255,7 +305,7 @@ constexpr int dynamic_shared_bytes(const Plan& plan, Pass pass) {
 // shared memory.
 constexpr std::int64_t bytes_reread(const Problem& p, const Plan& plan, Pass pass) {
   if (plan.retained + 1 >= plan.rounds) return 0;
-  const std::int64_t total = positions(p, plan.slot_bytes);
+  const std::int64_t total = positions(p, plan);
   const std::int64_t round = plan.positions_per_round();
   const std::int64_t before = (plan.rounds - 2) * round;
   const std::int64_t shared = plan.retained * round;
@@ -308,6 +358,14 @@ constexpr double merging(const Problem& p, const Plan& plan, Pass pass) {
   return waits > reads ? waits : reads;
 }
 
+// What narrow slots of kChannelsFirst leave of the speed of a copy. Of two bytes: they take 29
+// instructions an element forward, 36 back (SASS, sm_90), where an H200 has time for 31 and 46 if
+// every one is issued at once; and neighbouring warps both ask L2 for the 32 bytes where their
+// slots meet, 0.23 times 32 bytes an element, of which it has some 180 a ns.
+constexpr double narrow_speed(int slot_bytes) {
+  return slot_bytes == 2 ? 0.65 : slot_bytes == 4 ? 0.9 : 1.0;
+}
+
 // Expected time in microseconds, to compare plans by. A model of an H200, not a measurement; see
 // estimate() for its terms.
 constexpr double estimate(const Problem& p, const Plan& plan, const Device& device, Pass pass) {
@@ -327,6 +385,7 @@ constexpr double estimate(const Problem& p, const Plan& plan, const Device& devi
   // DRAM is filled in half-lines: 32-byte pieces reach half the bandwidth, 64-byte pieces 0.93 of
   // it.
   const int width = p.layout == Layout::kChannelsFirst ? 256 : plan.columns * plan.slot_bytes;
+  if (p.layout == Layout::kChannelsFirst) speed *= narrow_speed(plan.slot_bytes);
   speed *= width >= 256   ? 0.98
            : width >= 128 ? 0.95
            : width >= 64  ? 0.91
@@ -365,7 +424,7 @@ constexpr double estimate(const Problem& p, const Plan& plan, const Device& devi
 // Completes a choice of slot, columns, threads and team size. Of `retained` and `prefetch` it keeps
 // what the kernels can do and is of use.
 constexpr Plan cut(const Problem& p, const Device& device, Pass pass, Plan plan) {
-  const std::int64_t total = positions(p, plan.slot_bytes);
+  const std::int64_t total = positions(p, plan);
   const std::int64_t resident = resident_blocks(p, device.sm_count);
   plan.slabs = ceil_div(p.channels, slab_channels(p, plan));
   plan.share = ceil_div(total, plan.team);
@@ -405,7 +464,6 @@ constexpr int fewest_threads(const Problem& p, const Plan& plan, std::int64_t to
 constexpr Plan plan_width(const Problem& p, const Device& device, Pass pass, int slot_bytes,
                           int columns) {
   const std::int64_t resident = resident_blocks(p, device.sm_count);
-  const std::int64_t total = positions(p, slot_bytes);
 
   Plan plan;
   plan.slot_bytes = slot_bytes;
@@ -414,6 +472,7 @@ constexpr Plan plan_width(const Problem& p, const Device& device, Pass pass, int
   plan.threads = kMaxThreads;
   plan.team = 1;
   plan.retained = most_retained(p, device, plan, pass);
+  const std::int64_t total = positions(p, plan);
   const std::int64_t slabs = ceil_div(p.channels, slab_channels(p, plan));
 
   if (total <= plan.positions_per_round()) {
@@ -457,9 +516,33 @@ constexpr Plan plan_width(const Problem& p, const Device& device, Pass pass, int
   return best;
 }
 
+// Whether the problem can be cut into bundles, and is worth it: slots of 8 bytes are good enough,
+// and of a full block's threads a pass may leave a quarter idle.
+constexpr bool can_bundle(const Problem& p) {
+  if (p.layout != Layout::kChannelsFirst || size_of(p.dtype) > 4 || widest_slot(p) > 4)
+    return false;
+  const int lanes = 16 / size_of(p.dtype);
+  return p.alignment % 16 == 0 && p.channels % lanes == 0 && lanes <= p.spatial &&
+         p.spatial <= kMaxThreads && kMaxThreads / p.spatial * p.spatial >= kMaxThreads * 3 / 4;
+}
+
+// By bundles if that promises a tenth and blocks for three quarters of the chip, or channel by
+// channel: there are more of those to go round, and how much slower their narrow slots are is an
+// estimate too.
+constexpr Plan plan_planes(const Problem& p, const Device& device, Pass pass) {
+  const Plan single = plan_width(p, device, pass, widest_slot(p), 1);
+  if (!can_bundle(p)) return single;
+  Problem q = p;
+  q.layout = Layout::kBundles;
+  const Plan bundles = plan_width(q, device, pass, 16, static_cast<int>(p.spatial));
+  if (bundles.blocks() * 4 < std::int64_t{device.sm_count} * 3) return single;
+  const double time = estimate(q, bundles, device, pass);
+  return time < 0.9 * estimate(p, single, device, pass) ? bundles : single;
+}
+
 constexpr Plan plan_team(const Problem& p, const Device& device, Pass pass) {
   const int slot_bytes = widest_slot(p);
-  if (p.layout == Layout::kChannelsFirst) return plan_width(p, device, pass, slot_bytes, 1);
+  if (p.layout == Layout::kChannelsFirst) return plan_planes(p, device, pass);
 
   const int lanes = slot_bytes / size_of(p.dtype);
   Plan best;
@@ -488,6 +571,10 @@ constexpr Plan plan_backward(const Problem& p, const Device& device) {
 constexpr Plan plan_elementwise(const Problem& p, Pass slots) {
   Plan plan;
   plan.slot_bytes = widest_slot(p);
+  if (can_bundle(p)) {
+    plan.slot_bytes = 16;
+    plan.columns = static_cast<int>(p.spatial);
+  }
   plan.slots = slots_per_thread(slots, plan.slot_bytes);
   plan.threads = kMaxThreads;
   if (p.layout == Layout::kChannelsLast) {
@@ -497,7 +584,7 @@ constexpr Plan plan_elementwise(const Problem& p, Pass slots) {
       plan.columns *= 2;
     }
   }
-  const std::int64_t total = positions(p, plan.slot_bytes);
+  const std::int64_t total = positions(p, plan);
   plan.threads = fewest_threads(p, plan, total);
   plan.slabs = ceil_div(p.channels, slab_channels(p, plan));
   plan.teams = static_cast<int>(plan.slabs);

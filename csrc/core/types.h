@@ -10,8 +10,8 @@ namespace brn {
 enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
 // kChannelsFirst is [N][C][S] (contiguous NCHW, NCDHW); kChannelsLast is [N*S][C] (NHWC, NDHWC, any
-// 2-D input).
-enum class Layout : std::uint8_t { kChannelsFirst, kChannelsLast };
+// 2-D input). kBundles is how a plan may see kChannelsFirst: see core/plan.h.
+enum class Layout : std::uint8_t { kChannelsFirst, kChannelsLast, kBundles };
 
 struct Problem {
   std::int64_t batch = 0;     // N

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../core/math.h"
+#include "slab.cuh"
 #include "vector.cuh"
 
 #include <cuda_runtime.h>
@@ -20,9 +21,18 @@ class AffineRows {
     rows_[2][channel] = affine.shift;
   }
 
-  // Of kChannels channels from a multiple of kChannels on.
   template <int kChannels>
-  __device__ __forceinline__ void read(int channel, Affine<Real> (&affine)[kChannels]) const {
+  __device__ __forceinline__ void read(const Owned<Layout::kBundles>& owned,
+                                       Affine<Real> (&affine)[kChannels]) const {
+    owned.each(affine,
+               [this](int c) { return Affine<Real>{rows_[0][c], rows_[1][c], rows_[2][c]}; });
+  }
+
+  // Elsewhere kChannels of them from a multiple of kChannels on.
+  template <Layout kLayout, int kChannels>
+  __device__ __forceinline__ void read(const Owned<kLayout>& owned,
+                                       Affine<Real> (&affine)[kChannels]) const {
+    const int channel = owned.first;
     constexpr int kBytes = kChannels * static_cast<int>(sizeof(Real));
     using Wide = Slot<Real, (kBytes < 16 ? kBytes : 16)>;
 #pragma unroll

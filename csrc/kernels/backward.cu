@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
   using Next = Prefetch<Slot, kSlots, 2>;
   using Kept = Retained<Slot, kSlots, 2>;
-  __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
+  __shared__ Sums<Real> records[kRecords<Slot, kLayout>];
   __shared__ ChannelState<Real> states[kSlab];
   __shared__ Projection<Real> projections[kSlab];
 
@@ -85,13 +85,12 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   int parity = 0;
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
-    const int mine = walk.column() * kChannels;  // first of this thread's channels in the slab
     const int there = walk.channels(p, channel0);
     const bool finishes = thread < there;  // a channel, once its sums are known
     Real centre[kChannels];
-    const int channel = walk.first_channel(p, channel0);
+    const Owned<kLayout> all = walk.owned(p, channel0);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params, channel + k);
+    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params, all[k]);
 
     // Waited for together with the tiles, not behind the team's barrier: before a wait for copies,
     // behind the loads otherwise.
@@ -146,8 +145,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     __syncthreads();
 
     Projection<Real> projected[kChannels];
+    const Owned<kLayout> mine = walk.owned();
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) projected[k] = projections[mine + k];
+    for (int k = 0; k < kChannels; ++k) projected[k] = projections[mine[k]];
     for (int round = plan.rounds - 1; round >= 0; --round) {
       const int piece = walk.piece(round);
       const int slots = walk.in_range(there) ? walk.slots(piece) : 0;

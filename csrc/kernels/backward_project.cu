@@ -33,8 +33,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 
   const Walk<kLayout, Slot> walk(plan, stride);
   const int channel0 = walk.team() * walk.channels();
-  const int mine = walk.column() * kChannels;
-  if (channel0 + mine >= p.channels) return;
+  if (!walk.in_range(walk.channels(p, channel0))) return;
   const T* const x = static_cast<const T*>(params.x);
   const T* const dy = static_cast<const T*>(params.dy);
   T* const dx = static_cast<T*>(params.dx);
@@ -48,11 +47,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 
   Real centre[kChannels];
   Projection<Real> projected[kChannels];
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    centre[k] = centre_of<Real>(params.stats, channel0 + mine + k);
-    projected[k] = projection_of<Real>(params, p, channel0 + mine + k);
-  }
+  const Owned<kLayout> owned = walk.owned(p, channel0);
+  owned.each(centre, [&](int c) { return centre_of<Real>(params.stats, c); });
+  owned.each(projected, [&](int c) { return projection_of<Real>(params, p, c); });
 
   cursor = first;
   forget_the_way(cursor);

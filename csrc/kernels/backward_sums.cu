@@ -22,9 +22,8 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   using Real = RealOf<T>;
   constexpr int kSlots = slots_per_thread(Pass::kBackward, kSlotBytes);
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
-  constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
   using Next = Prefetch<Slot, kSlots, 2>;
-  __shared__ Sums<Real> records[kMaxThreads / kWarp * kSlab];
+  __shared__ Sums<Real> records[kRecords<Slot, kLayout>];
 
   const Walk<kLayout, Slot> walk(plan, stride);
   const int thread = static_cast<int>(threadIdx.x);
@@ -37,9 +36,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const int channel0 = slab * channels;
     const int there = walk.channels(p, channel0);
     Real centre[kChannels];
-    const int channel = walk.first_channel(p, channel0);
+    const Owned<kLayout> owned = walk.owned(p, channel0);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params.stats, channel + k);
+    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params.stats, owned[k]);
 
     typename Slot::Bits x_tile[kSlots];
     typename Slot::Bits dy_tile[kSlots];

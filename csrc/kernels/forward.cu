@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
   using Next = Prefetch<Slot, kSlots, 1>;
   using Kept = Retained<Slot, kSlots, 1>;
-  __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
+  __shared__ Moments<Real> records[kRecords<Slot, kLayout>];
   __shared__ ChannelState<Real> states[kSlab];
   __shared__ Real pivots[kSlab];
   __shared__ AffineRows<Real, kSlab> affines;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         compute_here(last);
         if (slab < plan.teams && thread == last && step.follows_counter)
           follow_counter(params, step);
-        coming.settle(plan, pivot, pivots);
+        coming.settle(walk, plan, pivot, pivots);
         if (!fetched) read_state();
       }
       if (retained) Kept::keep(plan.retained_place(round), tile);
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
       }
     }
 
-    ExactMoments<Real> total = block_merge(moments, channels / kChannels, plan.threads, records);
+    ExactMoments<Real> total = slab_merge(moments, walk, plan, records);
     // The block has read the counter. Behind the arrival at the team's barrier, whose release would
     // wait for an atomic before it.
     const bool asks = counts && thread == 0 && slab + plan.teams >= plan.slabs;
@@ -195,8 +195,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         Pivots<Slot, kLayout>::expect(x + walk.first_element(p, next0), p, plan);
         if (thread < walk.channels(p, next0)) expect_state<Real>(params, next0 + own);
       };
-      total = team_moments<Slot, kLayout>(total.moments, plan, stride.positions,
-                                          Slot::kLanes / kChannels, channels, walk.team(),
+      total = team_moments<Slot, kLayout>(total.moments, plan, stride, channels, walk.team(),
                                           walk.rank(), parity, workspace, records, fetch_next);
     }
     if (finishes) {
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
     __syncthreads();
 
     Affine<Real> affine[kChannels];
-    affines.read(walk.column() * kChannels, affine);
+    affines.read(walk.owned(), affine);
     for (int round = plan.rounds - 1; round >= 0; --round) {
       const int piece = walk.piece(round);
       const int slots = walk.in_range(there) ? walk.slots(piece) : 0;

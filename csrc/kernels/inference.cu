@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 
   const Walk<kLayout, Slot> walk(plan, stride);
   const int channel0 = walk.team() * walk.channels();
-  const int mine = walk.column() * kChannels;
-  if (channel0 + mine >= p.channels) return;
+  if (!walk.in_range(walk.channels(p, channel0))) return;
   const T* const x = static_cast<const T*>(params.x);
   T* const y = static_cast<T*>(params.y);
 
@@ -49,8 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
 
   Affine<Real> affine[kChannels];
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) affine[k] = affine_of<Real>(params, p, channel0 + mine + k);
+  walk.owned(p, channel0).each(affine, [&](int c) { return affine_of<Real>(params, p, c); });
 
   cursor = first;
   forget_the_way(cursor);

@@ -49,12 +49,30 @@ cudaError_t dispatch_dtype(DType dtype, int slot_bytes, Run run) {
   return cudaErrorInvalidValue;
 }
 
+template <typename Run>
+cudaError_t dispatch_bundles(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::kFloat32: return run(Variant<float, Layout::kBundles, 16>{});
+    case DType::kFloat16: return run(Variant<__half, Layout::kBundles, 16>{});
+    case DType::kBFloat16: return run(Variant<__nv_bfloat16, Layout::kBundles, 16>{});
+    case DType::kFloat64: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
 // Calls run(Variant{}) with the variant that the plan names.
 template <typename Run>
 cudaError_t dispatch(const Problem& p, const Plan& plan, Run run) {
-  return p.layout == Layout::kChannelsFirst
-             ? dispatch_dtype<Layout::kChannelsFirst>(p.dtype, plan.slot_bytes, run)
-             : dispatch_dtype<Layout::kChannelsLast>(p.dtype, plan.slot_bytes, run);
+  switch (layout_of(p, plan)) {
+    case Layout::kChannelsFirst:
+      return dispatch_dtype<Layout::kChannelsFirst>(p.dtype, plan.slot_bytes, run);
+    case Layout::kChannelsLast:
+      return dispatch_dtype<Layout::kChannelsLast>(p.dtype, plan.slot_bytes, run);
+    case Layout::kBundles:
+      if (plan.slot_bytes == 16) return dispatch_bundles(p.dtype, run);
+      break;
+  }
+  return cudaErrorInvalidValue;
 }
 
 // cudaLaunchKernelEx rather than <<<...>>>: an ordinary C++ call, which tests/simt can stand in

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   constexpr int kSlab = kMostSlabChannels<Slot, kLayout>;
   using Next = Prefetch<Slot, kSlots, 1>;
-  __shared__ Moments<Real> records[kMaxThreads / kWarp * kSlab];
+  __shared__ Moments<Real> records[kRecords<Slot, kLayout>];
   __shared__ Real pivots[kSlab];
 
   const Walk<kLayout, Slot> walk(plan, stride);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       } else {
         load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
       }
-      if (round == 0) coming.settle(plan, pivot, pivots);
+      if (round == 0) coming.settle(walk, plan, pivot, pivots);
       const MomentsOf<Real, kChannels> more = tile_moments<Slot, kLayout>(tile, slots, pivot);
       if (round == 0) {
         moments = more;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       }
     }
 
-    ExactMoments<Real> total = block_merge(moments, channels / kChannels, plan.threads, records);
+    ExactMoments<Real> total = slab_merge(moments, walk, plan, records);
     if (plan.team > 1) {
       const auto fetch_next = [&] {
         if (!kPrefetches<Slot> || !plan.prefetch || slab + plan.teams >= plan.slabs) return;
@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
         Next::fetch(p, next0, walk, x);
         Pivots<Slot, kLayout>::expect(x + walk.first_element(p, next0), p, plan);
       };
-      total = team_moments<Slot, kLayout>(total.moments, plan, stride.positions,
-                                          Slot::kLanes / kChannels, channels, walk.team(),
+      total = team_moments<Slot, kLayout>(total.moments, plan, stride, channels, walk.team(),
                                           walk.rank(), parity, workspace, records, fetch_next);
     }
     if (walk.rank() == 0 && thread < there) {

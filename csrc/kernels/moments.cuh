@@ -2,6 +2,7 @@
 #pragma once
 
 #include "barrier.cuh"
+#include "bundle.cuh"
 #include "launch.h"
 #include "reduce.cuh"
 #include "tile.cuh"
@@ -85,62 +86,28 @@ __device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
   return moments;
 }
 
-// Moments of a channel's records, about the mean of the first of them, which is near those of all:
-// merged one by one, each would round the mean once more, and divide: 34 instructions a record
-// (SASS, sm_90), and 12 so. As in tile_moments(), what m2 loses by cancellation is bounded: by the
-// number of a thread's records.
-template <typename Real>
-class RecordSums {
- public:
-  __device__ __forceinline__ void add(Real count, Real mean, Real m2) {
-    if (count_ == Real(0)) centre_ = mean;
-    const Real delta = mean - centre_;
-    const Real moved = count * delta;
-    count_ += count;
-    sum_ += moved;
-    squares_ += m2 + moved * delta;
-  }
-
-  __device__ __forceinline__ MomentsOf<Real, 1> moments() const {
-    MomentsOf<Real, 1> all = MomentsOf<Real, 1>::empty();
-    if (count_ > Real(0)) {
-      const Real further = sum_ / count_;
-      const Real m2 = squares_ - sum_ * further;
-      all.count = count_;
-      all.mean[0] = centre_ + further;
-      all.m2[0] = m2 < Real(0) ? Real(0) : m2;  // NaN stays
-    }
-    return all;
-  }
-
- private:
-  Real count_ = Real(0);
-  Real centre_ = Real(0);
-  Real sum_ = Real(0);
-  Real squares_ = Real(0);
-};
-
 // What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
 // records in the same order, about the mean of the first. While it waits for them it does
 // `meanwhile`.
 template <typename Slot, Layout kLayout, typename Real, typename Meanwhile>
 __device__ __forceinline__ ExactMoments<Real> team_moments(
-    Moments<Real> mine, const Plan& plan, std::int64_t positions, int lanes, int channels, int team,
-    int rank, int parity, const Workspace& workspace, Moments<Real>* records, Meanwhile meanwhile) {
+    Moments<Real> mine, const Plan& plan, const Stride& stride, int channels, int team, int rank,
+    int parity, const Workspace& workspace, Moments<Real>* records, Meanwhile meanwhile) {
   const Partials<Real> partials(workspace, plan, channels, team, parity);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);
   team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);
 
   const Real first = partials.first();
-  const Real each = static_cast<Real>(plan.share * lanes);
-  const Real last = static_cast<Real>((positions - (plan.team - 1) * plan.share) * lanes);
+  const Real each = static_cast<Real>(plan.share * stride.values);
+  const Real last =
+      static_cast<Real>((stride.positions - (plan.team - 1) * plan.share) * stride.values);
   RecordSums<Real> sums;
   partials.template for_each<records_ahead(kLayout, Slot::kBytes)>(
       plan, [&](int r, Real mean, Real m2) {
         sums.add(r + 1 < plan.team ? each : last, mean - first, m2);
       });
-  ExactMoments<Real> total = block_merge(sums.moments(), channels, plan.threads, records);
+  ExactMoments<Real> total = block_merge(sums.all(), channels, plan.threads, records);
   const TwoSum<Real> mean = two_sum(first, total.moments.mean);
   total.moments.mean = mean.sum;
   total.residue += mean.error;

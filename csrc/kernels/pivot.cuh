@@ -21,18 +21,20 @@
 
 namespace brn {
 
-// A thread's part of them: an element, or slots of rows that lie as far apart as its warp's lanes
-// cover, up to 64 / columns of them in all. Packed until the tile is on its way: to widen them is
-// to wait for them, and the compiler would do that in front of the tile's loads, which then leave a
-// way to memory later (SASS, sm_90).
+// A thread's part of them: an element; in kBundles two, of 64 / lanes a channel; or slots of rows
+// that lie as far apart as its warp's lanes cover, up to 64 / columns of them in all. Packed until
+// the tile is on its way: to widen them is to wait for them, and the compiler would do that in
+// front of the tile's loads, which then leave a way to memory later (SASS, sm_90).
 template <typename Slot, Layout kLayout>
 class Pivots {
   static constexpr bool kChannelsFirst = kLayout == Layout::kChannelsFirst;
+  static constexpr bool kBundles = kLayout == Layout::kBundles;
   static constexpr int kLoads = kChannelsFirst ? 1 : 2;
+  static constexpr int kLanesOfChannel = kWarp / Slot::kLanes;  // kBundles: of a warp
   static constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   using T = typename Slot::Element;
   using Real = typename Slot::Real;
-  using Piece = std::conditional_t<kChannelsFirst, brn::Slot<T, sizeof(T)>, Slot>;
+  using Piece = std::conditional_t<kLayout == Layout::kChannelsLast, Slot, brn::Slot<T, sizeof(T)>>;
 
  public:
   // Starts the loads. x is at the thread's channels.
@@ -51,7 +53,19 @@ class Pivots {
 
   // Waits for them. Leaves the thread's pivots in `pivot` and those of the slab's channels in
   // `shared`. Equal values give exactly themselves, because they are added pairwise.
-  __device__ __forceinline__ void settle(const Plan& plan, Real (&pivot)[kChannels], Real* shared) {
+  template <typename Walk>
+  __device__ __forceinline__ void settle(const Walk& walk, const Plan& plan,
+                                         Real (&pivot)[kChannels], Real* shared) {
+    if constexpr (kBundles) {
+      settle_bundle(walk.owned(), pivot, shared);
+    } else {
+      settle_own(plan, pivot, shared);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void settle_own(const Plan& plan, Real (&pivot)[kChannels],
+                                             Real* shared) {
     const int columns = kChannelsFirst ? 1 : plan.columns;
     const Real share = static_cast<Real>(columns) / Real(kLoads * kWarp);
 #pragma unroll
@@ -76,7 +90,25 @@ class Pivots {
     }
   }
 
- private:
+  // A few lanes of the warp have a channel, and others need it.
+  __device__ __forceinline__ void settle_bundle(const Owned<kLayout>& owned,
+                                                Real (&pivot)[kChannels], Real* shared) {
+    Real mine = Real(0);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      keep_packed(first_[i]);
+      Real value[1];
+      Piece::unpack(first_[i], value);
+      mine += value[0] * (Real(1) / Real(kLoads * kLanesOfChannel));
+    }
+#pragma unroll
+    for (int distance = kLanesOfChannel / 2; distance > 0; distance /= 2)
+      mine += __shfl_xor_sync(kAllLanes, mine, distance);
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < kWarp && thread % kLanesOfChannel == 0) shared[thread / kLanesOfChannel] = mine;
+    owned.each(pivot, [&](int c) { return __shfl_sync(kAllLanes, mine, c * kLanesOfChannel); });
+  }
+
   // Where the thread's part number i begins.
   __device__ __forceinline__ static const T* element(int i, const T* x, const Problem& p,
                                                      const Plan& plan) {
@@ -86,6 +118,10 @@ class Pivots {
     if constexpr (kChannelsFirst) {
       const int last = saturated(p.spatial - 1);
       return x + (lane < last ? lane : last);
+    } else if constexpr (kBundles) {
+      const int value = lane % kLanesOfChannel * kLoads + i;
+      const int last = static_cast<int>(p.spatial) - 1;
+      return x + lane / kLanesOfChannel * p.spatial + (value < last ? value : last);
     } else {
       const unsigned last = static_cast<unsigned>(saturated(p.reduced() - 1));
       const unsigned row = static_cast<unsigned>(i * kWarp + lane) >> bits_of(plan.columns);

@@ -11,17 +11,44 @@
 
 namespace brn {
 
-// The channels that a thread meets: all elements of a slot belong to one channel, or each to its
-// own.
+// The channels that a thread keeps apart: all elements of a slot belong to one channel, or each is
+// taken to have its own. In kBundles that are lanes of two channels, which bundle.cuh puts
+// together.
 template <typename Slot, Layout kLayout>
 constexpr int kThreadChannels = kLayout == Layout::kChannelsFirst ? 1 : Slot::kLanes;
 
 // The channels that a slab has at most.
 template <typename Slot, Layout kLayout>
-constexpr int kMostSlabChannels =
-    kLayout == Layout::kChannelsFirst
-        ? 1
-        : (kWarp * Slot::kLanes < kMaxSlabChannels ? kWarp * Slot::kLanes : kMaxSlabChannels);
+constexpr int kMostSlabChannels = kLayout == Layout::kChannelsFirst         ? 1
+                                  : kLayout == Layout::kBundles             ? Slot::kLanes
+                                  : kWarp * Slot::kLanes < kMaxSlabChannels ? kWarp * Slot::kLanes
+                                                                            : kMaxSlabChannels;
+
+// Which channel of the slab each lane of a thread's slots belongs to.
+template <Layout kLayout>
+struct Owned {
+  int first = 0;  // that of lane 0
+  int split = 0;  // kBundles: lanes of that channel, the others are the next one's
+
+  __device__ __forceinline__ int operator[](int lane) const {
+    if constexpr (kLayout == Layout::kBundles) return first + (lane < split ? 0 : 1);
+    return kLayout == Layout::kChannelsFirst ? first : first + lane;
+  }
+
+  // Gives each lane's channel what f(channel) is; in kBundles after two calls, not one a lane.
+  template <typename Value, int kCount, typename F>
+  __device__ __forceinline__ void each(Value (&values)[kCount], F f) const {
+    if constexpr (kLayout == Layout::kBundles) {
+      const Value lower = f(first);
+      const Value upper = f(split < kCount ? first + 1 : first);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) values[k] = k < split ? lower : upper;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) values[k] = f(first + k);
+    }
+  }
+};
 
 __device__ __forceinline__ int saturated(std::int64_t n) {
   return static_cast<int>(n < kMostInt ? (n > 0 ? n : 0) : kMostInt);
@@ -67,35 +94,55 @@ class Walk {
 
   // Channels of a slab, and those of them that there are: the last slab may end beyond C.
   __device__ __forceinline__ int channels() const {
+    if constexpr (kLayout == Layout::kBundles) return kLanes;
     return kLayout == Layout::kChannelsFirst ? 1 : plan_.columns * kLanes;
   }
 
   __device__ __forceinline__ int channels(const Problem& p, int channel0) const {
-    if constexpr (kLayout == Layout::kChannelsFirst) return 1;
+    if constexpr (kLayout != Layout::kChannelsLast) return channels();
     const std::int64_t left = p.channels - channel0;
     return left < channels() ? static_cast<int>(left) : channels();
   }
 
   // Which of the slots side by side is this thread's.
   __device__ __forceinline__ int column() const {
+    if constexpr (kLayout == Layout::kBundles) return thread() - row() * plan_.columns;
     return kLayout == Layout::kChannelsFirst ? 0 : thread() & (plan_.columns - 1);
   }
 
-  // Whether this thread's are among the channels of the slab that there are.
+  // Whether this thread's are among the channels of the slab that there are, and its position among
+  // those that the block covers at once.
   __device__ __forceinline__ bool in_range(int there) const {
+    if constexpr (kLayout == Layout::kBundles) return row() < stride_.pass;
     return kLayout == Layout::kChannelsFirst || column() * kLanes < there;
   }
 
-  // The first of this thread's channels, or of the last column's where the slab has none of them;
-  // and the first of its elements.
-  __device__ __forceinline__ int first_channel(const Problem& p, int channel0) const {
-    if constexpr (kLayout == Layout::kChannelsFirst) return channel0;
-    const int mine = channel0 + column() * kLanes;
-    const int last = static_cast<int>(p.channels) - kLanes;
-    return mine < last ? mine : last;
+  __device__ __forceinline__ Owned<kLayout> owned() const {
+    if constexpr (kLayout == Layout::kBundles) {
+      const int element = column() * kLanes;
+      const int first = static_cast<int>(stride_.by_plane.quotient(element));
+      return {first, (first + 1) * plan_.columns - element};
+    } else {
+      return {column() * kThreadChannels<Slot, kLayout>, 0};
+    }
   }
+
+  // The same of all channels; of the last column's where the slab has none of this thread's.
+  __device__ __forceinline__ Owned<kLayout> owned(const Problem& p, int channel0) const {
+    Owned<kLayout> owned = this->owned();
+    owned.first += channel0;
+    if constexpr (kLayout == Layout::kChannelsLast) {
+      const int last = static_cast<int>(p.channels) - kLanes;
+      owned.first = owned.first < last ? owned.first : last;
+    }
+    return owned;
+  }
+
+  __device__ __forceinline__ int pass() const { return stride_.pass; }
+
+  // Where the first values of this thread's channels lie.
   __device__ __forceinline__ std::int64_t first_element(const Problem& p, int channel0) const {
-    return kLayout == Layout::kChannelsFirst ? channel0 * p.spatial : first_channel(p, channel0);
+    return kLayout == Layout::kChannelsLast ? owned(p, channel0).first : channel0 * p.spatial;
   }
 
   // Which piece of the share a round takes, where pieces fill the registers and only the last may
@@ -109,7 +156,10 @@ class Walk {
   // Perhaps more than the piece has.
   __device__ __forceinline__ int slots(int piece) const {
     const int left = share() - position(piece) + stride_.pass - 1;
-    return left > 0 ? left >> bits_of(stride_.pass) : 0;
+    if (left <= 0) return 0;
+    if constexpr (kLayout == Layout::kBundles)
+      return static_cast<int>(stride_.by_pass.quotient(left));
+    return left >> bits_of(stride_.pass);
   }
 
   // Where the first slot of a piece of a slab lies.
@@ -118,6 +168,8 @@ class Walk {
     const std::int64_t at = std::int64_t{rank()} * stride_.share + position(piece);
     if constexpr (kLayout == Layout::kChannelsLast) {
       return {(at * p.channels + channel0) * kSize + column() * Slot::kBytes, 0};
+    } else if constexpr (kLayout == Layout::kBundles) {
+      return {(at * p.channels + channel0) * p.spatial * kSize + column() * Slot::kBytes, 0};
     } else {
       const std::int64_t plane = at <= kMostInt
                                      ? stride_.by_plane.quotient(static_cast<unsigned>(at))
@@ -130,7 +182,7 @@ class Walk {
 
   // Moves on to the next slot, which is returned bytes further on.
   __device__ __forceinline__ std::int64_t advance(int& plane_left) const {
-    if constexpr (kLayout == Layout::kChannelsLast) return stride_.step;
+    if constexpr (kLayout != Layout::kChannelsFirst) return stride_.step;
     plane_left -= stride_.plane_step;
     if (plane_left > 0) return stride_.step;
     plane_left += stride_.plane_slots;
@@ -144,6 +196,15 @@ class Walk {
     return thread;
   }
 
+  // Which of the positions that the block covers at once is this thread's; in kBundles beyond them
+  // if it has none.
+  __device__ __forceinline__ int row() const {
+    if constexpr (kLayout == Layout::kChannelsFirst) return thread();
+    if constexpr (kLayout == Layout::kBundles)
+      return static_cast<int>(stride_.by_plane.quotient(thread()));
+    return thread() >> bits_of(plan_.columns);
+  }
+
   // Positions of a slab that the block owns.
   __device__ __forceinline__ int share() const {
     const std::int64_t left = stride_.positions - std::int64_t{rank()} * stride_.share;
@@ -152,9 +213,7 @@ class Walk {
 
   // The thread's first of a piece, counted from the block's first.
   __device__ __forceinline__ int position(int piece) const {
-    const int row =
-        kLayout == Layout::kChannelsFirst ? thread() : thread() >> bits_of(plan_.columns);
-    return piece * plan_.slots * stride_.pass + row;
+    return piece * plan_.slots * stride_.pass + row();
   }
 
   const Plan& plan_;

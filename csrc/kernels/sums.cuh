@@ -3,6 +3,7 @@
 #pragma once
 
 #include "barrier.cuh"
+#include "bundle.cuh"
 #include "launch.h"
 #include "reduce.cuh"
 #include "tile.cuh"
@@ -53,7 +54,7 @@ __device__ __forceinline__ Sums<Real> slab_sums(const SumsOf<Real, kChannels>& s
                                                 const Plan& plan, int channels, const Walk& walk,
                                                 int parity, const Workspace& workspace,
                                                 Sums<Real>* records, Meanwhile meanwhile) {
-  const Sums<Real> mine = block_merge(sums, channels / kChannels, plan.threads, records);
+  const Sums<Real> mine = slab_merge(sums, walk, plan, records);
   if (plan.team == 1) return mine;
   const Partials<Real> partials(workspace, plan, channels, walk.team(), parity);
   const int thread = static_cast<int>(threadIdx.x);

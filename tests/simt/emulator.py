@@ -529,6 +529,7 @@ class Emulator:
     def _launch(self, problem: Problem, plan: Plan, arena: Arena, function, pointers, *rest):
         self.library.simt_configure(
             problem.fields(),
+            plan.fields(),
             self.sm_count,
             self.blocks_per_sm,
             int(self.schedule.order),

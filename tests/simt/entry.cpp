@@ -70,9 +70,9 @@ void write_plan(const Plan& p, std::int64_t* f) {
 extern "C" {
 
 // blocks_per_sm 0: what the kernels' launch bounds promise.
-void simt_configure(const std::int64_t* problem, int sm_count, int blocks_per_sm, int order,
-                    unsigned seed) {
-  const Problem p = problem_of(problem);
+void simt_configure(const std::int64_t* problem, const std::int64_t* plan, int sm_count,
+                    int blocks_per_sm, int order, unsigned seed) {
+  const Problem p = as_planned(problem_of(problem), plan_of(plan));
   const int promised =
       blocks_per_sm > 0 ? blocks_per_sm : brn::blocks_per_sm(p.layout, size_of(p.dtype));
   simt::configure({sm_count, promised}, static_cast<simt::Order>(order), seed);
@@ -104,12 +104,14 @@ void simt_plan_backward_project(const std::int64_t* problem, int sm_count, std::
 // test can reach plans that its small tensors would not get from the planner.
 void simt_cut(int pass, const std::int64_t* problem, int sm_count, std::int64_t* plan) {
   const Pass which = static_cast<Pass>(pass);
-  write_plan(cut(problem_of(problem), {sm_count}, which, plan_of(plan)), plan);
+  const Plan chosen = plan_of(plan);
+  write_plan(cut(as_planned(problem_of(problem), chosen), {sm_count}, which, chosen), plan);
 }
 
 double simt_estimate(int pass, const std::int64_t* problem, int sm_count,
                      const std::int64_t* plan) {
-  return estimate(problem_of(problem), plan_of(plan), {sm_count}, static_cast<Pass>(pass));
+  const Plan q = plan_of(plan);
+  return estimate(as_planned(problem_of(problem), q), q, {sm_count}, static_cast<Pass>(pass));
 }
 
 // Bytes of control words, partial results and proposals.

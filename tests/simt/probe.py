@@ -41,7 +41,8 @@ SCHEDULES = [
 
 # Problem, SMs, choice: one block a slab, teams with several slabs each, several rounds, stripes
 # that end beyond C, more partial results a thread than are on their way at a time, one block a slab
-# again, the next slab on its way, several rounds in shared memory: all, and all but a ragged one.
+# again, the next slab on its way, several rounds in shared memory: all, and all but a ragged one;
+# bundles of planes.
 CASES = [
     (Problem(3, 5, 49), 4, {}),
     (Problem(6, 7, 200), 2, {"threads": 64, "team": 3}),
@@ -55,6 +56,7 @@ CASES = [
     (Problem(5, 5, 1000), 2, {"threads": 64, "team": 2, "retained": 9}),
     (Problem(13, 5, 1000), 2, {"threads": 64, "team": 2, "retained": 2}),
     (Problem(40, 40, 49, Layout.LAST), 2, {"columns": 8, "threads": 64, "team": 2, "retained": 2}),
+    (Problem(7, 12, 49), 2, {"columns": 49, "threads": 128, "team": 2}),
 ]
 
 
@@ -170,9 +172,10 @@ def main() -> None:
         plan = emulator.plan(which, problem)
         if choice:
             made = {"columns": plan.columns, "threads": plan.threads, "team": plan.team, **choice}
-            plan = emulator.cut(
-                which, problem, slot_bytes=plan.slot_bytes, slots=plan.slots, **made
-            )
+            made |= {"slot_bytes": plan.slot_bytes, "slots": plan.slots}
+            if problem.layout == Layout.FIRST and made["columns"] > 1:
+                made |= {"slot_bytes": 16, "slots": 8 if which == Pass.FORWARD else 4}
+            plan = emulator.cut(which, problem, **made)
             assert plan.prefetch == choice.get("prefetch", 0)
             assert (plan.retained > 0) == ("retained" in choice)
         first = None
