@@ -3,8 +3,8 @@
     compute-sanitizer --tool racecheck python -m bench.small
 
 Every layout, slot width and way through the kernels: a block alone, a team, several rounds, in
-shared memory or not, a prefetch, skipped batches, inference. Results are not looked at, as the
-parity harness does that; a sanitizer is slow enough without a reference beside it."""
+shared memory or not, a prefetch, bundles, skipped batches, inference. Results are not looked at, as
+the parity harness does that; a sanitizer is slow enough without a reference beside it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ NAMES = (
     "misaligned",
     "in mid-ramp",
     "inference",
+    "inference, odd plane, 16 channels",
     "256 x 256",
 )
 # Few channels and many values: a team shares each, and with few SMs' worth of blocks fills its
@@ -39,8 +40,11 @@ TEAMS = (
     Case("prefetch", (2, 128, 112, 112), ""),
     Case("prefetch, channels_last", (2, 256, 64, 64), "", form="channels_last"),
     Case("retained", (256, 8, 7, 7), ""),
+    Case("bundles", (32, 800, 7, 7), ""),
+    Case("bundles, prefetch or retained", (192, 512, 7, 7), ""),
     Case("retained, channels_last", (2, 512, 64, 64), "", form="channels_last"),
 )
+DTYPES = (torch.float32, torch.float16)
 
 
 def run(device: torch.device, teams: bool) -> int:
@@ -49,7 +53,7 @@ def run(device: torch.device, teams: bool) -> int:
     calls = 0
     for case in cases:
         case = replace(case, large=None)
-        for dtype in (torch.float32, torch.float16):
+        for dtype in DTYPES:
             compute.by_op(case, tensors.make(case, dtype, device))
             calls += 1
     t = tensors.make(CASES[0], torch.float32, device)

@@ -160,38 +160,61 @@ double copy_roof(const Memory& m, cudaStream_t stream) {
   return best;
 }
 
+// Microseconds that the planner's model promises.
+double modelled(const Problem& p, const Plan& plan, const Device& device, Pass pass) {
+  return brn::estimate(brn::as_planned(p, plan), plan, device, pass);
+}
+
+// What lies side by side in a plan.
+struct Width {
+  int slot_bytes;
+  int columns;
+};
+
+std::vector<Width> widths(const Problem& p) {
+  const int widest = brn::widest_slot(p);
+  std::vector<Width> widths{{widest, 1}};
+  if (brn::can_bundle(p)) widths.push_back({16, static_cast<int>(p.spatial)});
+  if (p.layout == Layout::kChannelsFirst) return widths;
+  const int lanes = widest / brn::size_of(p.dtype);
+  for (int columns = 2; columns <= brn::kWarp && columns * lanes <= brn::kMaxSlabChannels &&
+                        std::int64_t{columns / 2} * lanes < p.channels;
+       columns *= 2) {
+    widths.push_back({widest, columns});
+  }
+  return widths;
+}
+
 std::vector<Plan> candidates(const Problem& p, const Device& device, Pass pass) {
-  const int slot_bytes = brn::widest_slot(p);
-  const int lanes = slot_bytes / brn::size_of(p.dtype);
-  const std::int64_t resident = brn::resident_blocks(p, device.sm_count);
-  const bool rows = p.layout == Layout::kChannelsLast;
   std::vector<Plan> plans{pass == Pass::kForward ? brn::plan_forward(p, device)
                                                  : brn::plan_backward(p, device)};
   const auto add = [&](Plan plan) {
+    const Problem planned = brn::as_planned(p, plan);
     for (const bool shared : {false, true}) {
       plan.prefetch = shared;
-      plan.retained = shared ? brn::most_retained(p, device, plan, pass) : 0;
-      const Plan whole = brn::cut(p, device, pass, plan);
+      plan.retained = shared ? brn::most_retained(planned, device, plan, pass) : 0;
+      const Plan whole = brn::cut(planned, device, pass, plan);
       if (std::find(plans.begin(), plans.end(), whole) == plans.end()) plans.push_back(whole);
     }
   };
   add(plans.front());
-  const int most_columns = rows ? std::min(brn::kWarp, brn::kMaxSlabChannels / lanes) : 1;
-  for (int columns = 1; columns <= most_columns; columns *= 2) {
-    if (columns > 1 && std::int64_t{columns / 2} * lanes >= p.channels) break;
+  for (const auto& [slot_bytes, columns] : widths(p)) {
     Plan plan;
     plan.slot_bytes = slot_bytes;
     plan.columns = columns;
     plan.slots = brn::slots_per_thread(pass, slot_bytes);
     plan.team = 1;
+    const int fewest = std::max(columns, brn::slab_channels(p, plan));
     for (plan.threads = brn::kMinThreads; plan.threads <= brn::kMaxThreads; plan.threads *= 2) {
-      if (plan.threads >= columns * lanes || !rows) add(plan);
+      if (plan.threads >= fewest) add(plan);
     }
     plan.threads = brn::kMaxThreads;
+    const Problem planned = brn::as_planned(p, plan);
+    const std::int64_t resident = brn::resident_blocks(planned, device.sm_count);
     const std::int64_t total = brn::positions(p, plan);
     const std::int64_t fills = brn::ceil_div(total, plan.positions_per_round());
     const std::int64_t retains =
-        brn::ceil_div(fills, 1 + brn::most_retained(p, device, plan, pass));
+        brn::ceil_div(fills, 1 + brn::most_retained(planned, device, plan, pass));
     for (const std::int64_t team :
          {std::int64_t{2}, std::int64_t{4}, std::int64_t{8}, std::int64_t{16}, resident / 16,
           resident / 12, resident / 8, resident / 6, resident / 4, resident / 3, resident / 2,
@@ -232,7 +255,7 @@ void sweep(const Problem& p, Pass pass, const Device& device, const Memory& m, d
     if (i >= 5 && !found[i].chosen) continue;
     const double of_roof = brn::tensors_moved(pass) * bytes / found[i].us / roof;
     std::printf("%10.1f us %4.0f%%  model %8.1f  %c ", found[i].us, 100 * of_roof,
-                brn::estimate(p, found[i].plan, device, pass), found[i].chosen ? '*' : ' ');
+                modelled(p, found[i].plan, device, pass), found[i].chosen ? '*' : ' ');
     std::cout << found[i].plan << std::endl;
   }
 }
@@ -270,7 +293,7 @@ void compare_shared_memory(const Device& device, const Memory& m, cudaStream_t s
             };
             Plan with = planned(device), without = with;
             const bool chosen = with.prefetch != 0 || with.retained != 0;
-            with.prefetch = brn::can_prefetch(p, device, with);
+            with.prefetch = brn::can_prefetch(brn::as_planned(p, with), device, with);
             without.prefetch = without.retained = 0;
             if (with == without) continue;
             const Use use = with.prefetch ? kPrefetch : kRetention;
@@ -286,9 +309,9 @@ void compare_shared_memory(const Device& device, const Memory& m, cudaStream_t s
                 "planned without %.1f (%.1f)\n",
                 pass == Pass::kForward ? "forward " : "backward",
                 layout == Layout::kChannelsFirst ? "nchw" : "nhwc", batch, channels, side,
-                brn::size_of(dtype), kUseNames[use], on, brn::estimate(p, with, device, pass),
-                chosen ? " *" : "", off, brn::estimate(p, without, device, pass), other,
-                brn::estimate(p, planned(plain), plain, pass));
+                brn::size_of(dtype), kUseNames[use], on, modelled(p, with, device, pass),
+                chosen ? " *" : "", off, modelled(p, without, device, pass), other,
+                modelled(p, planned(plain), plain, pass));
           }
         }
       }
@@ -333,11 +356,12 @@ int main(int argc, char** argv) {
   struct Shape {
     std::int64_t batch, channels, side;
   };
-  // The four of kernels that differ most in regime first, so that a short budget still says much.
+  // The five of kernels that differ most in regime first, so that a short budget still says much.
   for (const Shape s :
-       {Shape{32, 64, 112}, Shape{256, 256, 56}, Shape{32, 512, 28}, Shape{256, 1024, 14},
-        Shape{256, 64, 112}, Shape{32, 256, 56}, Shape{256, 512, 28}, Shape{32, 1024, 14},
-        Shape{32, 128, 28}, Shape{32, 64, 56}, Shape{256, 256, 1}, Shape{1024, 512, 1}}) {
+       {Shape{32, 64, 112}, Shape{256, 256, 56}, Shape{256, 2048, 7}, Shape{32, 512, 28},
+        Shape{256, 1024, 14}, Shape{256, 64, 112}, Shape{32, 256, 56}, Shape{256, 512, 28},
+        Shape{32, 1024, 14}, Shape{32, 2048, 7}, Shape{32, 128, 28}, Shape{32, 64, 56},
+        Shape{256, 256, 1}, Shape{1024, 512, 1}}) {
     for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
       for (const Layout layout : {Layout::kChannelsFirst, Layout::kChannelsLast}) {
         if (s.side == 1 && layout == Layout::kChannelsFirst) continue;

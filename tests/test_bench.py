@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchrenorm_cuda import BatchRenorm2d
+from batchrenorm_cuda import _C, BatchRenorm2d
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # bench is no part of the installed package
@@ -227,6 +227,38 @@ def test_memory_of_a_step():
 
 def test_small_calls_run():
     assert small.run(CPU, teams=False) == 2 * len(small.NAMES) + 1
+
+
+# The planner moves on, and a sanitizer that no longer meets a way through the kernels says nothing.
+@pytest.mark.parametrize(
+    "way, is_taken",
+    [
+        ("a team", lambda p: p.team > 1),
+        ("several waves", lambda p: p.slabs > p.teams > 0 and p.team > 1),
+        ("prefetch", lambda p: p.prefetch and not p.bundles),
+        ("retained", lambda p: p.retained and not p.bundles),
+        ("read again", lambda p: p.rounds > p.retained + 1),
+        ("a bundle alone", lambda p: p.bundles and p.team == 1),
+        ("bundles, prefetch", lambda p: p.bundles and p.prefetch),
+        ("bundles, retained", lambda p: p.bundles and p.retained and p.team > 1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_small_calls_take_every_way_of_an_h200(way, is_taken):
+    assert any(
+        is_taken(
+            _C.plan(
+                which,
+                *case.shape[:2],
+                math.prod(case.shape[2:]),
+                layout="channels_last" if case.form == "channels_last" else "channels_first",
+                dtype=str(dtype).removeprefix("torch."),
+            )
+        )
+        for case in small.TEAMS
+        for dtype in small.DTYPES
+        for which in ("forward", "backward")
+    )
 
 
 # Acceptance: rows made up so that the verdict is known.

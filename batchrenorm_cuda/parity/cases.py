@@ -308,6 +308,14 @@ VALUES = [
         poke="inf",
         form="channels_last",
     ),
+    Case(
+        "NaN in a channel of a bundle",
+        (4, 16, 7, 7),
+        "nor the neighbours that share its slots",
+        large=(256, 1024, 7, 7),
+        poke="nan",
+        dtypes=TRAINING_DTYPES,
+    ),
     Case("eps = 0", (8, 12, 6, 6), "legal where no channel is constant", eps=0.0),
     Case(
         "eps = 1e-3",
@@ -481,6 +489,12 @@ INFERENCE = [
         running="absent",
     ),
     Case("inference, odd plane", (4, 6, 7, 7), "no vector access", training=False),
+    Case(
+        "inference, odd plane, 16 channels",
+        (4, 16, 7, 7),
+        "planes of which several together are whole vectors",
+        training=False,
+    ),
     Case("inference, misaligned", (4, 16, 8, 8), "nor here", training=False, form="misaligned"),
 ]
 
@@ -540,6 +554,21 @@ SIZES = [
         "more channels in teams than the chip holds at once: barriers are used again",
         large=(16, 700, 56, 56),
         dtypes=TRAINING_DTYPES,
+    ),
+    Case(
+        "bundles",
+        (4, 16, 7, 7),
+        "odd planes in bundles of channels, where there are enough of them; a team each",
+        large=(256, 2048, 7, 7),
+        dtypes=TRAINING_DTYPES,
+    ),
+    Case(
+        "bundles, mean 1e3",
+        (4, 16, 7, 7),
+        "the lanes of a channel and their threads merge without losing digits",
+        large=(256, 2048, 7, 7),
+        mean=1e3,
+        dtypes=(torch.float32,),
     ),
     Case(
         "volumes",
