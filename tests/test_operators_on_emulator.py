@@ -26,7 +26,8 @@ def run(*command: str) -> str:
 
 
 PROGRAM = """
-import torch, batchrenorm_cuda
+import torch
+from batchrenorm_cuda import _C
 from simt.operators import take_over
 
 ops = torch.ops.batchrenorm
@@ -92,7 +93,10 @@ def test_a_chip_of_which_a_part_is_lent(lent):
     """MPS or a green context: the launch that was planned is refused, a smaller one is made. Blocks
     that wait for no other always fit."""
     program(f"""
-shapes = [((8, 4, 56, 56), torch.contiguous_format), ((8, 24, 20, 20), torch.channels_last)]
+shapes = [((8, 4, 56, 56), torch.contiguous_format), ((8, 24, 20, 20), torch.channels_last),
+          ((300, 32, 5, 5), torch.contiguous_format), ((256, 32, 7, 7), torch.contiguous_format)]
+assert _C.plan("forward", 300, 32, 25, sm_count=8).bundles
+assert _C.plan("backward", 256, 32, 49, sm_count=8).bundles
 layers, on_cpu = ([Layer(*s) for s in shapes] for _ in range(2))
 for layer, other in zip(layers, on_cpu):
     layer.x, layer.dy = other.x, other.dy
@@ -130,11 +134,16 @@ assert operators.control_words_in_use() == 0
 """)
 
 
-@pytest.mark.parametrize("shape", [(16, 8, 8, 8), (8, 4, 56, 56)], ids=["lone blocks", "teams"])
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 8, 8, 8), (8, 4, 56, 56), (256, 32, 7, 7)],
+    ids=["lone blocks", "teams", "bundles"],
+)
 def test_a_batch_that_is_not_finite_is_skipped(shape):
     """Averages wait as proposals in memory that the binding has allocated."""
     program(f"""
-shape = {shape}
+shape = n, c, h, w = {shape}
+assert _C.plan("forward", n, c, h * w, sm_count=6).bundles == (c == 32)
 operators = take_over()
 layer = Layer(shape)
 layer.step(True)
