@@ -279,8 +279,8 @@ CASES = [
     bundle(
         "prefetch of whole blocks",
         n=38,
-        c=24,
-        sms=1,
+        c=40,
+        sms=2,
         threads=256,
         choice={"team": 2, "prefetch": 1},
     ),
@@ -318,9 +318,23 @@ STATE_CASES = [
 ]
 
 
+def makes_bundles(problem: Problem, choice: dict[str, int]) -> bool:
+    """What bundle() asks for; elements of 8 bytes go channel by channel."""
+    planes = problem.layout == FIRST and problem.dtype != "float64"
+    return planes and choice.get("columns", 1) > 1
+
+
+def plan_for_project(emulator: Emulator, problem: Problem, choice: dict[str, int]) -> Plan:
+    if makes_bundles(problem, choice):
+        return emulator.plan_blocks(Pass.BACKWARD, problem, 16, problem.spatial)
+    return emulator.plan_project(problem)
+
+
 def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str, int]) -> Plan:
     emulator.sm_count = emulator.sm_count or 4
     plan = emulator.plan(which, problem)
+    if which == Pass.INFERENCE and makes_bundles(problem, choice):
+        return emulator.plan_blocks(which, problem, 16, problem.spatial)
     if not choice or which == Pass.INFERENCE:
         return plan
     made = {
@@ -333,10 +347,9 @@ def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str
     }
     if problem.layout == FIRST and "columns" in choice:
         # Bundles of planes, or channels one by one, of slots as the planner would have them.
-        alone = problem.dtype == "float64" or made["columns"] == 1
+        alone = not makes_bundles(problem, choice)
         slot_bytes = widest_slot(problem) if alone else 16
-        most = 128 if which == Pass.FORWARD else 64
-        made |= {"slot_bytes": slot_bytes, "slots": min(most // slot_bytes, 16)}
+        made |= {"slot_bytes": slot_bytes, "slots": slots_per_thread(which, slot_bytes)}
         made["columns"] = 1 if alone else made["columns"]
         made["threads"] = max(made["threads"], 1 << (made["columns"] - 1).bit_length())
     lanes = made["slot_bytes"] // ITEM_SIZE[problem.dtype]
@@ -348,6 +361,12 @@ def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str
     most = emulator.sm_count * blocks_per_sm(problem, made["columns"])
     made["team"] = min(made["team"], most)
     return emulator.cut(which, problem, **made)
+
+
+def slots_per_thread(which: Pass, slot_bytes: int) -> int:
+    """As the kernels are compiled for: csrc/core/plan.h."""
+    most = 128 if which == Pass.FORWARD else 64
+    return min(most // slot_bytes, 16)
 
 
 def widest_slot(problem: Problem) -> int:

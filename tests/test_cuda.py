@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import ranks
@@ -15,10 +16,14 @@ pytestmark = pytest.mark.gpu
 ops = torch.ops.batchrenorm
 
 # Lone blocks, teams that meet at a barrier, teams whose next slab is on its way meanwhile, teams
-# with more of a slab than their registers hold; test_the_shapes_are_what_they_are_for says so.
+# with more of a slab than their registers hold, teams for bundles of channels, and these in shares
+# of bfloat16; test_the_shapes_are_what_they_are_for says so.
 LONE, TEAM, AHEAD, RETAIN = (16, 64, 8, 8), (64, 8, 56, 56), (32, 128, 28, 28), (64, 4, 224, 224)
+BUNDLES, SHARED_BUNDLES = (256, 2048, 7, 7), (48, 2048, 7, 7)
 each_kind = pytest.mark.parametrize(
-    "shape", [LONE, TEAM, AHEAD, RETAIN], ids=["lone blocks", "teams", "prefetch", "retain"]
+    "shape",
+    [LONE, TEAM, AHEAD, RETAIN, BUNDLES],
+    ids=["lone blocks", "teams", "prefetch", "retain", "bundles"],
 )
 
 
@@ -70,6 +75,10 @@ def test_the_shapes_are_what_they_are_for():
             assert _C.plan(pass_, 32, 128, 28 * 28).prefetch
             plan = _C.plan(pass_, 64, 4, 224 * 224)
             assert plan.team > 1 and plan.retained
+            plan = _C.plan(pass_, 256, 2048, 7 * 7)
+            assert plan.bundles and plan.team > 1
+            for share in (16, 32):
+                assert _C.plan(pass_, share, 2048, 7 * 7, dtype="bfloat16").bundles
 
 
 def profile_of_a_step(layer):
@@ -265,8 +274,17 @@ class Ranks:
         return torch.cat(y), torch.cat(dx), dweight, dbias, stats, total, *state[:3]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [LONE, TEAM, (48, 100)], ids=["lone blocks", "teams", "2-D"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *product(
+            [LONE, TEAM, (48, 100)],
+            [torch.float32, torch.float64, torch.bfloat16],
+        ),
+        (SHARED_BUNDLES, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_several_ranks_compute_what_they_do_on_the_cpu(shape, dtype):
     on_gpu, on_cpu = Ranks(shape, "cuda", dtype), Ranks(shape, "cpu", dtype)
     for _ in range(4):

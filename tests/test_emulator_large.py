@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from launches import FIRST, LAST, SCHEDULES, Case, draw
+from launches import FIRST, LAST, SCHEDULES, Case, draw, slots_per_thread
 from simt.emulator import ITEM_SIZE, Emulator, Pass, Plan, Problem, decoded, encoded, replace
 
 
@@ -26,15 +26,22 @@ class Corner:
 
     problem: Problem
     small: Problem
+    bundles: bool = False
 
     def plan(self, emulator: Emulator, which: Pass) -> tuple[Plan, Plan]:
-        plan = emulator.plan(which, self.small)
+        small = self.small
+        plan = emulator.plan(which, small)
+        slot_bytes = 16 if self.bundles else plan.slot_bytes
+        columns = small.channels // (slot_bytes // ITEM_SIZE[small.dtype]) or 1
+        columns = small.spatial if self.bundles else columns
         if which != Pass.INFERENCE:
-            columns = self.small.channels // (plan.slot_bytes // ITEM_SIZE[self.small.dtype]) or 1
-            choice = {"slot_bytes": plan.slot_bytes, "slots": plan.slots, "columns": columns}
-            plan = emulator.cut(which, self.small, threads=256, team=1, **choice)
-        slabs = self.problem.channels // self.small.channels
-        assert plan.slabs == 1 and slabs * self.small.channels == self.problem.channels
+            choice = {"slot_bytes": slot_bytes, "columns": columns}
+            choice["slots"] = slots_per_thread(which, slot_bytes)
+            plan = emulator.cut(which, small, threads=256, team=1, **choice)
+        elif self.bundles:
+            plan = emulator.plan_blocks(which, small, slot_bytes, columns)
+        slabs = self.problem.channels // small.channels
+        assert plan.slabs == 1 and slabs * small.channels == self.problem.channels
         return replace(plan, slabs=slabs, teams=slabs), plan
 
     def view(self, x: np.ndarray) -> np.ndarray:
@@ -51,11 +58,14 @@ CORNERS = [
     ),
     Corner(Problem(3, 2**24, 173, FIRST, "float16"), Problem(3, 1, 173, FIRST, "float16")),
     Corner(Problem(9, 2**26, 8, LAST, "float16"), Problem(9, 128, 8, LAST, "float16")),
+    Corner(Problem(9, 2**24, 49, FIRST, "float16"), Problem(9, 8, 49, FIRST, "float16"), True),
 ]
 
 
 @pytest.mark.parametrize("which", Pass, ids=lambda which: which.name.lower())
-@pytest.mark.parametrize("corner", CORNERS, ids=["long planes", "many channels", "long rows"])
+@pytest.mark.parametrize(
+    "corner", CORNERS, ids=["long planes", "many channels", "long rows", "bundles"]
+)
 def test_more_than_two_to_the_32_elements(emulator: Emulator, corner: Corner, which: Pass):
     """Only the last block runs. What it makes of its channels is what it makes of them alone, bit
     for bit."""

@@ -20,6 +20,7 @@ from launches import (
     half_ulp,
     over_schedules,
     plan_for,
+    plan_for_project,
 )
 from simt import truth
 from simt.emulator import CUMULATIVE, DTYPES, Emulator, Pass, replace
@@ -59,12 +60,11 @@ def test_one_rank_computes_what_the_ordinary_kernels_compute(emulator, case: Cas
     assert parts["dweight"].tobytes() == whole["dweight"].tobytes()
     assert parts["dbias"].tobytes() == whole["dbias"].tobytes()
     assert (parts["sums"][0] == whole["dbias"]).all()
-    last = (parts["sums"], message[-2:])
+    rest = (*both, stats, parts["sums"], message[-2:])
+    plan = plan_for_project(emulator, problem, case.choice)
     dx = over_schedules(
         emulator,
-        lambda: {
-            "dx": emulator.backward_project(problem, *both, stats, *last, weight=data["weight"])
-        },
+        lambda: {"dx": emulator.backward_project(problem, *rest, weight=data["weight"], plan=plan)},
     )["dx"]
     assert dx.tobytes() == whole["dx"].tobytes()
 

@@ -66,8 +66,8 @@ BUGS = [
     Bug(
         "a boundary of a bundle one lane late",
         "kernels/slab.cuh",
-        "return first + (lane < split ? 0 : 1);",
-        "return first + (lane <= split ? 0 : 1);",
+        "values[k] = k < split ? lower : upper;",
+        "values[k] = k <= split ? lower : upper;",
         kernel="backward",
     ),
     Bug(
@@ -161,7 +161,7 @@ BUGS = [
     ),
     Bug(
         "a mean about a thread's first record taken for one about the team's",
-        "kernels/moments.cuh",
+        "kernels/reduce.cuh",
         "all.mean[0] = centre_ + further;",
         "all.mean[0] = further;",
     ),

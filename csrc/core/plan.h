@@ -526,18 +526,23 @@ constexpr bool can_bundle(const Problem& p) {
          p.spatial <= kMaxThreads && kMaxThreads / p.spatial * p.spatial >= kMaxThreads * 3 / 4;
 }
 
-// By bundles if that promises a tenth and blocks for three quarters of the chip, or channel by
-// channel: there are more of those to go round, and how much slower their narrow slots are is an
-// estimate too.
+// Bundles if they promise to be `gain` times as fast and blocks for three quarters of the chip, or
+// channel by channel: there are more of those to go round, and how much slower their narrow slots
+// are is an estimate too.
+constexpr Plan faster_of(const Problem& p, const Device& device, Pass pass, const Plan& single,
+                         const Plan& bundles, double gain) {
+  if (bundles.blocks() * 4 < std::int64_t{device.sm_count} * 3) return single;
+  const double time = estimate(as_planned(p, bundles), bundles, device, pass);
+  return time * gain < estimate(p, single, device, pass) ? bundles : single;
+}
+
 constexpr Plan plan_planes(const Problem& p, const Device& device, Pass pass) {
   const Plan single = plan_width(p, device, pass, widest_slot(p), 1);
   if (!can_bundle(p)) return single;
   Problem q = p;
   q.layout = Layout::kBundles;
   const Plan bundles = plan_width(q, device, pass, 16, static_cast<int>(p.spatial));
-  if (bundles.blocks() * 4 < std::int64_t{device.sm_count} * 3) return single;
-  const double time = estimate(q, bundles, device, pass);
-  return time < 0.9 * estimate(p, single, device, pass) ? bundles : single;
+  return faster_of(p, device, pass, single, bundles, 1.1);
 }
 
 constexpr Plan plan_team(const Problem& p, const Device& device, Pass pass) {
@@ -568,22 +573,12 @@ constexpr Plan plan_backward(const Problem& p, const Device& device) {
 
 // No statistics, so no team has to be resident at once: one round a block, as many blocks as that
 // takes.
-constexpr Plan plan_elementwise(const Problem& p, Pass slots) {
+constexpr Plan plan_blocks(const Problem& p, Pass slots, int slot_bytes, int columns) {
   Plan plan;
-  plan.slot_bytes = widest_slot(p);
-  if (can_bundle(p)) {
-    plan.slot_bytes = 16;
-    plan.columns = static_cast<int>(p.spatial);
-  }
-  plan.slots = slots_per_thread(slots, plan.slot_bytes);
+  plan.slot_bytes = slot_bytes;
+  plan.columns = columns;
+  plan.slots = slots_per_thread(slots, slot_bytes);
   plan.threads = kMaxThreads;
-  if (p.layout == Layout::kChannelsLast) {
-    const int lanes = plan.slot_bytes / size_of(p.dtype);
-    while (plan.columns < kWarp && plan.columns * lanes < p.channels &&
-           plan.columns * 2 * lanes <= kMaxSlabChannels) {
-      plan.columns *= 2;
-    }
-  }
   const std::int64_t total = positions(p, plan);
   plan.threads = fewest_threads(p, plan, total);
   plan.slabs = ceil_div(p.channels, slab_channels(p, plan));
@@ -594,12 +589,27 @@ constexpr Plan plan_elementwise(const Problem& p, Pass slots) {
   return plan;
 }
 
-constexpr Plan plan_inference(const Problem& p, const Device&) {
-  return plan_elementwise(p, Pass::kInference);
+constexpr Plan plan_elementwise(const Problem& p, const Device& device, Pass slots) {
+  const int slot_bytes = widest_slot(p);
+  const int lanes = slot_bytes / size_of(p.dtype);
+  int columns = 1;
+  if (p.layout == Layout::kChannelsLast) {
+    while (columns < kWarp && columns * lanes < p.channels &&
+           columns * 2 * lanes <= kMaxSlabChannels)
+      columns *= 2;
+  }
+  const Plan plan = plan_blocks(p, slots, slot_bytes, columns);
+  if (!can_bundle(p)) return plan;
+  const Plan bundles = plan_blocks(p, slots, 16, static_cast<int>(p.spatial));
+  return faster_of(p, device, Pass::kInference, plan, bundles, 1.05);
+}
+
+constexpr Plan plan_inference(const Problem& p, const Device& device) {
+  return plan_elementwise(p, device, Pass::kInference);
 }
 // Two tensors to hold, as in the whole backward pass.
-constexpr Plan plan_backward_project(const Problem& p, const Device&) {
-  return plan_elementwise(p, Pass::kBackward);
+constexpr Plan plan_backward_project(const Problem& p, const Device& device) {
+  return plan_elementwise(p, device, Pass::kBackward);
 }
 
 }  // namespace brn

@@ -88,9 +88,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const int there = walk.channels(p, channel0);
     const bool finishes = thread < there;  // a channel, once its sums are known
     Real centre[kChannels];
-    const Owned<kLayout> all = walk.owned(p, channel0);
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params, all[k]);
+    walk.owned(p, channel0).each(centre, [&](int c) { return centre_of<Real>(params, c); });
 
     // Waited for together with the tiles, not behind the team's barrier: before a wait for copies,
     // behind the loads otherwise.
@@ -145,9 +143,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     __syncthreads();
 
     Projection<Real> projected[kChannels];
-    const Owned<kLayout> mine = walk.owned();
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) projected[k] = projections[mine[k]];
+    walk.owned().each(projected, [&](int c) { return projections[c]; });
     for (int round = plan.rounds - 1; round >= 0; --round) {
       const int piece = walk.piece(round);
       const int slots = walk.in_range(there) ? walk.slots(piece) : 0;

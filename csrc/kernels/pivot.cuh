@@ -37,7 +37,7 @@ class Pivots {
   using Piece = std::conditional_t<kLayout == Layout::kChannelsLast, Slot, brn::Slot<T, sizeof(T)>>;
 
  public:
-  // Starts the loads. x is at the thread's channels.
+  // Starts the loads. x is at the thread's channels, in kBundles at the slab's.
   __device__ __forceinline__ void load(const T* x, const Problem& p, const Plan& plan) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)

@@ -7,7 +7,7 @@
 //
 // There is one buffer, and a copy into it must not overtake the reading of what the last one
 // brought. Copies are as if made by another thread, so program order alone is no promise; the
-// block's barriers between take() and fetch(), in block_merge() and team_barrier(), are.
+// block's barriers between take() and fetch(), in slab_merge() and team_barrier(), are.
 #pragma once
 
 #include "../core/plan.h"

@@ -2,7 +2,8 @@
 // on timing.
 //
 // What is reduced is, for each of the thread's channels, a Moments (forward) or a Sums (backward).
-// Threads whose index is equal modulo `columns` hold the same channels.
+// Threads whose index is equal modulo `columns` hold the same channels; where they do not, in
+// bundles, see bundle.cuh.
 #pragma once
 
 #include "../core/divisor.h"

@@ -24,16 +24,12 @@ constexpr int kMostSlabChannels = kLayout == Layout::kChannelsFirst         ? 1
                                   : kWarp * Slot::kLanes < kMaxSlabChannels ? kWarp * Slot::kLanes
                                                                             : kMaxSlabChannels;
 
-// Which channel of the slab each lane of a thread's slots belongs to.
+// Which channel each lane of a thread's slots belongs to: in kChannelsLast the next lane's is the
+// next one.
 template <Layout kLayout>
 struct Owned {
   int first = 0;  // that of lane 0
   int split = 0;  // kBundles: lanes of that channel, the others are the next one's
-
-  __device__ __forceinline__ int operator[](int lane) const {
-    if constexpr (kLayout == Layout::kBundles) return first + (lane < split ? 0 : 1);
-    return kLayout == Layout::kChannelsFirst ? first : first + lane;
-  }
 
   // Gives each lane's channel what f(channel) is; in kBundles after two calls, not one a lane.
   template <typename Value, int kCount, typename F>
@@ -140,7 +136,7 @@ class Walk {
 
   __device__ __forceinline__ int pass() const { return stride_.pass; }
 
-  // Where the first values of this thread's channels lie.
+  // Where the first values of this thread's channels lie; in kBundles, of the slab's.
   __device__ __forceinline__ std::int64_t first_element(const Problem& p, int channel0) const {
     return kLayout == Layout::kChannelsLast ? owned(p, channel0).first : channel0 * p.spatial;
   }

@@ -243,6 +243,17 @@ class Emulator:
         self.library.simt_plan(int(which), problem.fields(), sms, out)
         return Plan(*out)
 
+    def plan_project(self, problem: Problem) -> Plan:
+        out = (ctypes.c_int64 * 11)()
+        self.library.simt_plan_backward_project(problem.fields(), self.sm_count, out)
+        return Plan(*out)
+
+    def plan_blocks(self, slots: Pass, problem: Problem, slot_bytes: int, columns: int) -> Plan:
+        """Without statistics: for inference, or for backward_project with slots for backward."""
+        out = (ctypes.c_int64 * 11)()
+        self.library.simt_plan_blocks(int(slots), problem.fields(), slot_bytes, columns, out)
+        return Plan(*out)
+
     def cut(
         self, which: Pass, problem: Problem, sm_count: int | None = None, **choice: int
     ) -> Plan:
@@ -468,11 +479,10 @@ class Emulator:
         total: np.ndarray,
         *,
         weight: np.ndarray | None = None,
+        plan: Plan | None = None,
     ) -> np.ndarray:
         """dx [N, C, S], with the sums and the count of all ranks."""
-        fields_ = (ctypes.c_int64 * 11)()
-        self.library.simt_plan_backward_project(problem.fields(), self.sm_count, fields_)
-        plan = Plan(*fields_)
+        plan = plan or self.plan_project(problem)
         arena = Arena(self.library)
         pointers = (
             self._tensor(arena, "dy", problem, dy),

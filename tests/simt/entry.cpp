@@ -100,6 +100,12 @@ void simt_plan_backward_project(const std::int64_t* problem, int sm_count, std::
   write_plan(plan_backward_project(problem_of(problem), {sm_count}), plan);
 }
 
+// The plan of a pass without statistics that has these slots side by side, the planner's or not.
+void simt_plan_blocks(int slots, const std::int64_t* problem, int slot_bytes, int columns,
+                      std::int64_t* plan) {
+  write_plan(plan_blocks(problem_of(problem), static_cast<Pass>(slots), slot_bytes, columns), plan);
+}
+
 // Completes a choice of slot, columns, slots, threads, team and what is in shared memory, so that a
 // test can reach plans that its small tensors would not get from the planner.
 void simt_cut(int pass, const std::int64_t* problem, int sm_count, std::int64_t* plan) {
