@@ -66,8 +66,8 @@ BUGS = [
     Bug(
         "a boundary of a bundle one lane late",
         "kernels/slab.cuh",
-        "values[k] = k < split ? lower : upper;",
-        "values[k] = k <= split ? lower : upper;",
+        "return first + (lane < split ? 0 : 1);",
+        "return first + (lane <= split ? 0 : 1);",
         kernel="backward",
     ),
     Bug(

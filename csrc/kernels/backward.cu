@@ -88,7 +88,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const int there = walk.channels(p, channel0);
     const bool finishes = thread < there;  // a channel, once its sums are known
     Real centre[kChannels];
-    walk.owned(p, channel0).each(centre, [&](int c) { return centre_of<Real>(params, c); });
+    const Owned<kLayout> all = walk.owned(p, channel0);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params, all[k]);
 
     // Waited for together with the tiles, not behind the team's barrier: before a wait for copies,
     // behind the loads otherwise.

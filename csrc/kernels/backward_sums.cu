@@ -36,7 +36,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
     const int channel0 = slab * channels;
     const int there = walk.channels(p, channel0);
     Real centre[kChannels];
-    walk.owned(p, channel0).each(centre, [&](int c) { return centre_of<Real>(params.stats, c); });
+    const Owned<kLayout> all = walk.owned(p, channel0);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) centre[k] = centre_of<Real>(params.stats, all[k]);
 
     typename Slot::Bits x_tile[kSlots];
     typename Slot::Bits dy_tile[kSlots];

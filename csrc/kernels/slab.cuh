@@ -31,7 +31,13 @@ struct Owned {
   int first = 0;  // that of lane 0
   int split = 0;  // kBundles: lanes of that channel, the others are the next one's
 
-  // Gives each lane's channel what f(channel) is; in kBundles after two calls, not one a lane.
+  __device__ __forceinline__ int operator[](int lane) const {
+    if constexpr (kLayout == Layout::kBundles) return first + (lane < split ? 0 : 1);
+    return kLayout == Layout::kChannelsFirst ? first : first + lane;
+  }
+
+  // Gives each lane's channel what f(channel) is; in kBundles after two calls, not one a lane, but
+  // a select between loads waits for them.
   template <typename Value, int kCount, typename F>
   __device__ __forceinline__ void each(Value (&values)[kCount], F f) const {
     if constexpr (kLayout == Layout::kBundles) {
