@@ -65,15 +65,23 @@ class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
         if not self.has_uninitialized_params():
             super().reset_parameters()
 
-    def initialize_parameters(self, x: Tensor) -> None:
-        """Makes the tensors that have no size yet, for the channels of x; what was loaded stays."""
-        self._check_input_dim(x)
-        if x.size(1) == 0:
-            raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
-        self.num_features = x.size(1)
-        for name, first in _FIRST.items():
-            t = getattr(self, name)
+    def initialize_parameters(self, input: Tensor) -> None:
+        """Makes the tensors that have no size yet, for the channels of the input; what was loaded
+        stays."""
+        self._check_input_dim(input)
+        channels, tensors = input.size(1), {name: getattr(self, name) for name in _FIRST}
+        if channels == 0:
+            raise ValueError(f"x must have at least one channel, got shape {tuple(input.shape)}")
+        for name, t in tensors.items():
+            if t is not None and not is_lazy(t) and t.numel() != channels:
+                raise ValueError(
+                    f"x must have the {t.numel()} channels of the {name} that was loaded, got "
+                    f"shape {tuple(input.shape)}"
+                )
+        self.num_features = channels
+        for name, t in tensors.items():
             if is_lazy(t):
+                first = _FIRST[name]
                 t.materialize((self.num_features,))
                 with torch.no_grad():
                     t.fill_(first)

@@ -183,3 +183,33 @@ def test_it_is_made_on_its_device():
     layer = LazyBatchRenorm1d(device="cuda")
     layer(torch.randn(6, 3, device="cuda"))
     assert all(t.is_cuda for t in layer.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"weight": torch.tensor([1.0, 2.0, 3.0])}], ids=["all", "a part"]
+)
+def test_a_first_batch_of_other_channels_than_what_was_loaded_changes_nothing(given):
+    layer = LazyBatchRenorm1d()
+    layer.load_state_dict(given or nn.BatchNorm1d(3).state_dict(), strict=False)
+    name = "weight" if given else "weight|running_mean"
+    with pytest.raises(ValueError, match=rf"x must have the 3 channels of the ({name}) that was"):
+        layer(torch.randn(4, 5))
+    assert type(layer) is LazyBatchRenorm1d and layer.num_features == 0
+    assert is_lazy(layer.running_std) == bool(given)
+    layer(torch.randn(4, 3))
+    assert type(layer) is BatchRenorm1d and layer.num_features == 3
+    assert layer.running_mean.shape == layer.weight.shape == (3,)
+
+
+def test_clipping_is_monitored_from_what_was_loaded_on():
+    layer = LazyBatchRenorm1d()
+    layer.load_state_dict(nn.BatchNorm1d(3).state_dict())
+    layer.monitor_clipping()
+    layer(torch.randn(4, 3))
+    assert layer.read_clipping().steps == 1
+
+
+def test_x_by_name():
+    """As torch's layers call it, lazy or not."""
+    layer, x = LazyBatchRenorm1d(), torch.randn(4, 3)
+    torch.testing.assert_close(layer(input=x), BatchRenorm1d(3)(input=x), rtol=0, atol=0)
