@@ -401,7 +401,10 @@ def _layers(
         tensors = {name: _tensor(value, f"{prefix}{name}") for name, value in entries.items()}
         result.update({f"{prefix}{name}": t for name, t in convert(tensors, prefix).items()})
     if not any_found:
-        raise ValueError(f"state must have layers with {', '.join(required)}, got {_listed(state)}")
+        of_names = "" if pattern == "*" else f" and a name like {pattern!r}"
+        raise ValueError(
+            f"state must have layers with {', '.join(required)}{of_names}, got {_listed(state)}"
+        )
     if hasattr(state, "_metadata"):
         result._metadata = state._metadata  # type: ignore[attr-defined]
     return result
@@ -427,6 +430,7 @@ def _state(
         "running_std": running_std,
     }
     state = {key: t.reshape(-1) for key, t in vectors.items() if t is not None}
+    state = {key: t if t.is_floating_point() else t.float() for key, t in state.items()}
     mean, std = state["running_mean"], state["running_std"]
     for key, t in state.items():
         if t.numel() != std.numel():
@@ -469,7 +473,7 @@ def _root(var: Tensor, eps: float, name: str) -> Tensor:
     """sqrt(var + eps), rounded once."""
     if not bool((var >= 0).all()):
         raise ValueError(f"{name} must be >= 0, got {var[~(var >= 0)][0].item()}")
-    return (var.double() + eps).sqrt().to(var.dtype)
+    return (var.double() + eps).sqrt().to(var.dtype if var.is_floating_point() else torch.float32)
 
 
 def _tensor(value: Any, name: str) -> Tensor:
@@ -514,7 +518,12 @@ def _require_eps(name: str, value: Any) -> None:
 def _keras_limits(clipping: Mapping[str, float]) -> RenormSchedule:
     if not isinstance(clipping, Mapping) or clipping.keys() - {"rmax", "rmin", "dmax"}:
         raise ValueError(f"renorm_clipping must have rmax, rmin, dmax only, got {clipping!r}")
-    given = {key: float(value) for key, value in clipping.items() if value is not None}
+    given = {}
+    for key, value in clipping.items():
+        try:
+            given |= {} if value is None else {key: float(value)}
+        except (TypeError, ValueError):
+            raise TypeError(f"renorm_clipping must have numbers, got {clipping!r}") from None
     r_max = given.get("rmax", math.inf)
     if not r_max >= 1:
         raise ValueError(f"renorm_clipping must have rmax >= 1, got {clipping!r}")

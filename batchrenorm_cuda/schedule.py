@@ -117,6 +117,8 @@ class RenormSchedule:
         The tensor does not say what part steps_per_update had in its numbers. Without it, the
         schedule found is the same in batches.
         """
+        if not isinstance(schedule, Tensor):
+            raise TypeError(f"schedule must be a Tensor, got {type(schedule).__name__}")
         if schedule.shape != (5,):
             raise ValueError(f"schedule must have shape (5,), got {tuple(schedule.shape)}")
         require_steps_per_update(steps_per_update)

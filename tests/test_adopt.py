@@ -446,3 +446,26 @@ def test_nothing_else_warns():
         warnings.simplefilter("error")
         for make, adopted, _ in PEERS.values():
             adopted(make())
+
+
+def test_statistics_that_are_whole_numbers():
+    """In float32 like any others; a root is none."""
+    state = adopt.from_keras({"moving_mean": [0, 1], "moving_variance": np.array([2, 3])})
+    expected = (torch.tensor([2.0, 3.0]) + 1e-3).sqrt()
+    torch.testing.assert_close(state["running_std"], expected, check_dtype=True)
+    assert state["running_mean"].dtype == torch.float32
+
+
+def test_layers_that_no_name_fits():
+    state = BatchRenorm1d(3).state_dict(prefix="a.")
+    state = {k.replace("running_std", "running_var"): t for k, t in state.items()}
+    state.pop("a.schedule")
+    with pytest.raises(ValueError, match="and a name like 'b', got a."):
+        adopt.from_torchrl(state, layers="b")
+
+
+@pytest.mark.parametrize("limit", ["a", [1]], ids=str)
+def test_limits_of_keras_that_are_no_numbers(limit):
+    given = {"moving_mean": [0.0], "moving_variance": [1.0]}
+    with pytest.raises(TypeError, match="renorm_clipping must have numbers, got"):
+        adopt.from_keras(given, renorm_clipping={"rmax": limit})

@@ -103,6 +103,8 @@ def test_a_schedule_of_huge_steps_is_loaded():
 
 
 def test_from_tensor_refuses_what_is_no_schedule():
+    with pytest.raises(TypeError, match="schedule must be a Tensor, got list"):
+        RenormSchedule.from_tensor([0.0, 1.0, 0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match=r"schedule must have shape \(5,\), got \(4,\)"):
         RenormSchedule.from_tensor(torch.zeros(4))
     with pytest.raises(ValueError, match="r_max must be >= 1, got 0.0"):
