@@ -5,6 +5,7 @@ Layers stay the objects they are; swap.py says how. This file says what of a Bat
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -103,8 +104,8 @@ def convert(
     Raises:
         ValueError, TypeError: naming the argument or the layer and what it got, before anything has
             changed: for statistics that are not finite, a running_var or num_batches_tracked < 0, a
-            name or module in `skip` that the model does not have, or a model that is wrapped
-            already.
+            name or module in `skip` that the model does not have, or a model that is wrapped in
+            DistributedDataParallel already.
     """
     _require_model(model)
     _require_schedule(schedule)
@@ -150,7 +151,7 @@ def convert(
             return "its statistics are parametrized"
         limits = schedule
         if from_now and tracks:
-            limits = _later(schedule, layer._buffers.get("num_batches_tracked"))
+            limits = _later(schedule, layer._buffers.get("num_batches_tracked"), name)
         keeps = momentum == "keep" or layer.momentum is None
         return _to_renorm(
             layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
@@ -198,6 +199,8 @@ def fold(
 
     def plan(layer: nn.Module, name: str) -> Change | str:
         base = _plain_base(class_of(layer))
+        if base is LazySyncBatchRenorm:
+            return "torch has no lazy SyncBatchNorm, and it has not seen a batch yet"
         if base not in back:
             return "a subclass with methods of its own"
         if "forward" in vars(layer):
@@ -303,9 +306,17 @@ def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.devic
     return None, None
 
 
-def _later(schedule: RenormSchedule, counter: Tensor | None) -> RenormSchedule:
-    """The schedule with its start moved to where a layer's counter is."""
-    steps = 0 if counter is None or counter.is_meta else int(counter)
+def _later(schedule: RenormSchedule, counter: Tensor | None, name: str) -> RenormSchedule:
+    """The schedule with its start moved to where the counter of a layer of this name is."""
+    steps = 0
+    if counter is not None and not counter.is_meta:
+        if counter.numel() != 1 or not (math.isfinite(counter) and counter >= 0):
+            where = f"{name}." if name else ""
+            raise ValueError(
+                f"{where}num_batches_tracked must be one number, finite and >= 0, got "
+                f"{counter.tolist()}"
+            )
+        steps = int(counter)
     per = schedule.steps_per_update
     steps = steps / per if steps % per else steps // per
     moved = {n: getattr(schedule, n) + steps for n in ("warmup_steps", "r_max_step", "d_max_step")}
@@ -343,6 +354,10 @@ def _to_renorm(
         names = ("running_mean", "running_var", "num_batches_tracked")
         own = {n: layer._buffers.get(n) for n in names}  # old pickles have no counter
         own = {n: t for n, t in own.items() if t is not None and not is_lazy(t)}
+        if (counter := own.get("num_batches_tracked")) is not None and counter.numel() != 1:
+            raise ValueError(
+                f"{prefix}num_batches_tracked must be one number, got shape {tuple(counter.shape)}"
+            )
         state = {f"{prefix}{n}": t for n, t in own.items()}
         fresh._adopt(state, prefix, assign=False)
         for before, source in own.items():
@@ -350,7 +365,8 @@ def _to_renorm(
             made_of = id(source), eps, buffers[n].dtype
             buffers[n] = ties.setdefault(made_of, state[f"{prefix}{n}"])
     settings = {k: vars(fresh)[k] for k in _RENORM_ATTRIBUTES} | {"momentum": momentum}
-    renamed = {"running_var": "running_std"}
+    # Without statistics in it a state_dict has no schedule either.
+    renamed = {"running_var": ("running_std", "schedule")}
     return Change(layer, like(layer, cls), settings, set(), buffers, renamed)
 
 
@@ -385,7 +401,7 @@ def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module], ties: Ties) -> C
     settings: dict[str, Any] = {"eps": eps}
     if cls is nn.SyncBatchNorm:
         settings["process_group"] = getattr(layer, "process_group", None)
-    renamed = {"running_std": "running_var"}
+    renamed = {"running_std": ("running_var",)}
     obsolete = set(_RENORM_ATTRIBUTES)
     return Change(layer, like(layer, cls), settings, obsolete, buffers, renamed, wide)
 

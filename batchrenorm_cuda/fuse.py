@@ -27,7 +27,8 @@ def fuse_conv_batch_renorm_eval(conv: Conv, norm: _BatchRenorm) -> Conv:
 
     Args:
         conv: Conv1d, 2d, 3d or ConvTranspose1d, 2d, 3d in eval mode, with or without bias, any
-            groups. Not changed.
+            groups. Not changed. A subclass has to use weight and bias as these do, which is not
+            looked at: one that standardises its weight comes out wrong.
         norm: in eval mode, with statistics. Not changed.
 
     Returns:
@@ -74,9 +75,10 @@ def _affine(norm: Any, layer: nn.Module, name: str, channels: int) -> tuple[Tens
         raise ValueError(
             f"norm must have the {channels} channels of {name}'s output, got {norm.num_features}"
         )
-    tensors = layer._parameters
-    if "weight" not in tensors and not is_parametrized(layer, "weight"):
-        raise ValueError(f"{name} must have a weight of its own, got one that a hook computes")
+    for key in ("weight", "bias"):
+        own = key in layer._parameters or is_parametrized(layer, key)
+        if not own and getattr(layer, key) is not None:
+            raise ValueError(f"{name} must have a {key} of its own, got one that a hook computes")
 
     mean, std = norm.running_mean.double(), norm.running_std.double()
     scale = torch.where(std != 0, 1 / std, 0)

@@ -69,7 +69,7 @@ class Change:
     settings: dict[str, Any]  # attributes to set
     obsolete: set[str]  # attributes to delete
     buffers: dict[str, Tensor | None]
-    renamed: dict[str, str]  # buffers that keep whether they are persistent
+    renamed: dict[str, tuple[str, ...]]  # buffers persistent or not as the one before was
     wide: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # new values, of another dtype
 
     def make(self) -> None:
@@ -85,7 +85,7 @@ class Change:
         for old, new in self.renamed.items():
             if old in hidden:
                 hidden.remove(old)
-                hidden.add(new)
+                hidden.update(new)
         hidden -= BUFFERS - self.buffers.keys()
         for name in self.obsolete:
             attributes.pop(name, None)

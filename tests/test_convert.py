@@ -20,6 +20,7 @@ from batchrenorm_cuda import (
 )
 from batchrenorm_cuda.convert import Report, convert, fold
 from batchrenorm_cuda.lazy import LazyBatchRenorm2d
+from batchrenorm_cuda.sync import LazySyncBatchRenorm
 
 torch.set_num_threads(1)
 
@@ -660,3 +661,43 @@ def test_a_model_on_the_gpu_is_converted_there():
     assert all(t.is_cuda for t in model.state_dict().values())
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.half()(x.half()).float(), y, rtol=2e-2, atol=2e-2)
+
+
+def test_statistics_that_are_not_saved_stay_so():
+    """And neither is the schedule, which is of no use without the counter."""
+    norm = nn.BatchNorm1d(3)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        norm.register_buffer(name, getattr(norm, name), persistent=False)
+    state = norm.state_dict()
+    layer = convert(norm)
+    assert layer.state_dict().keys() == state.keys()
+    layer.load_state_dict(state)
+    assert fold(layer).state_dict().keys() == state.keys()
+    assert layer._non_persistent_buffers_set == {
+        "running_mean", "running_var", "num_batches_tracked"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("from_now", [False, True])
+@pytest.mark.parametrize(
+    ("counter", "message"),
+    [
+        (torch.tensor(-6000), "0.num_batches_tracked must be .*>= 0, got -6000"),
+        (torch.tensor(float("nan")), "0.num_batches_tracked must be .*finite and >= 0, got nan"),
+        (torch.tensor([1, 2]), "0.num_batches_tracked must be one number"),
+    ],
+    ids=["negative", "NaN", "two"],
+)
+def test_a_bad_counter_names_its_layer(counter, message, from_now):
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model[0].num_batches_tracked = counter
+    with pytest.raises(ValueError, match=message):
+        convert(model, from_now=from_now)
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+def test_a_lazy_synchronised_layer_folds_once_it_has_seen_a_batch():
+    model = nn.Sequential(LazySyncBatchRenorm())
+    with pytest.warns(UserWarning, match="torch has no lazy SyncBatchNorm"):
+        fold(model)
+    assert type(model[0]) is LazySyncBatchRenorm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from batchrenorm_cuda import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from batchrenorm_cuda.fuse import fuse_conv_batch_renorm_eval, fuse_linear_batch_renorm_eval
@@ -125,3 +125,10 @@ def test_a_weight_made_by_a_hook_is_refused():
         conv = nn.utils.weight_norm(nn.Conv2d(3, 4, 1)).eval()
     with pytest.raises(ValueError, match="conv must have a weight of its own"):
         fuse_conv_batch_renorm_eval(conv, NORM)
+
+
+def test_a_bias_that_a_hook_computes_is_refused():
+    conv = nn.Conv1d(3, 4, 1).eval()
+    prune.l1_unstructured(conv, "bias", 0.5)
+    with pytest.raises(ValueError, match="conv must have a bias of its own, got one that a hook"):
+        fuse_conv_batch_renorm_eval(conv, BatchRenorm1d(4).eval())
