@@ -53,12 +53,22 @@ def set_steps_per_update(
         model = Model(schedule=RenormSchedule(500, 3.0, 4000, 5.0, 2500, steps_per_update=4))
         model.load_state_dict(checkpoint)       # of a job with the same schedule, whatever its own
         set_steps_per_update(model, 4)          # steps_per_update was
+
+    Raises:
+        ValueError, TypeError: naming the argument and what it got, before anything has changed.
     """
     require_steps_per_update(steps_per_update)
     if before is not None:
         require_steps_per_update(before, "before")
-    for layer in _limited(model):
-        layer.set_steps_per_update(steps_per_update, before)
+    layers = _limited(model)
+    accumulating = [layer._accumulating(steps_per_update, before) for layer in layers]
+    scaled: set[int] = set()  # counters: layers may share one
+    for layer, (until_now, schedule) in zip(layers, accumulating, strict=True):
+        counter = layer.num_batches_tracked
+        if id(counter) not in scaled:
+            scaled.add(id(counter))
+            counter.mul_(steps_per_update).div_(until_now, rounding_mode="floor")
+        layer.set_schedule(schedule)
 
 
 def _limited(model: nn.Module) -> list[_BatchRenorm]:

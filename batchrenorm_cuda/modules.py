@@ -3,6 +3,7 @@ nothing else."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
@@ -154,11 +155,23 @@ class _BatchRenorm(nn.Module):
 
         Args:
             steps_per_update: microbatches for each step from now on, >= 1.
-            before: and until now. The default is what the schedule of the layer says. After
-                load_state_dict that is the number in the checkpoint if the layer was made with the
-                schedule that it was saved with, whatever the schedule's steps_per_update; else it
-                is 1, as a state_dict does not tell, and `before` has to.
+            before: and until now. The default is what the schedule of the layer says. A state_dict
+                has it in batches only. So after load_state_dict the number is that of the
+                checkpoint if the layer was made with the schedule that it was saved with, whatever
+                the schedule's steps_per_update. A checkpoint whose steps are all the layer's times
+                a whole number is taken for such a one; from any other it is 1, and with a schedule
+                that has no steps the layer's own. Where that is wrong `before` has to say it.
         """
+        before, schedule = self._accumulating(steps_per_update, before)
+        counter = self.num_batches_tracked
+        counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
+        self.set_schedule(schedule)
+
+    def _accumulating(
+        self, steps_per_update: int, before: int | None
+    ) -> tuple[int, RenormSchedule]:
+        """What set_steps_per_update works with: microbatches a step until now, and the schedule
+        from now on."""
         require_steps_per_update(steps_per_update)
         known = self._schedule.steps_per_update
         if before is None:
@@ -168,10 +181,7 @@ class _BatchRenorm(nn.Module):
         schedule = self._schedule
         if before != known:
             schedule = RenormSchedule.from_tensor(schedule.as_tensor("cpu"), before)
-        schedule = replace(schedule, steps_per_update=steps_per_update)
-        counter = self.num_batches_tracked
-        counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
-        self.set_schedule(schedule)
+        return before, replace(schedule, steps_per_update=steps_per_update)
 
     @property
     def monitors_clipping(self) -> bool:
@@ -189,7 +199,7 @@ class _BatchRenorm(nn.Module):
             self._require_statistics("clipping cannot be monitored")
             if is_lazy(self.running_mean):
                 raise ValueError("clipping cannot be monitored before the layer has seen a batch")
-            self._clipping = new_counts(self.num_features, self.running_mean.device)
+            self._clipping = new_counts(self.running_mean.numel(), self.running_mean.device)
 
     def read_clipping(self) -> Clipping:
         """What was clipped since the start or the last reset. Waits for the device."""
@@ -313,7 +323,16 @@ class _BatchRenorm(nn.Module):
     ) -> None:
         """Also takes the state of a BatchNorm. Refuses statistics and schedules that could not be
         used, and then loads nothing into this layer."""
-        schedule = self._schedule
+        arguments = (
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
+        schedule, hooks = self._schedule, self._load_state_dict_pre_hooks
+        # Hooks of the user may still change what there is. Torch's own for a lazy layer takes sizes
+        # from what is to be loaded.
+        lazy = getattr(getattr(self, "_load_hook", None), "id", None)
+        for key, hook in list(hooks.items()):
+            if key != lazy:
+                hook(*arguments)
         if self.running_mean is not None:
             try:
                 schedule = self._adopt(
@@ -322,16 +341,21 @@ class _BatchRenorm(nn.Module):
             except (ValueError, TypeError) as error:
                 error_msgs.append(str(error))
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self._load_state_dict_pre_hooks = OrderedDict(
+            (key, hook) for key, hook in hooks.items() if key == lazy
         )
+        try:
+            super()._load_from_state_dict(*arguments)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
         self._schedule = schedule
-        if self._clipping is not None and self._clipping.device != self.running_mean.device:
+        mean = self.running_mean
+        if self._clipping is not None and mean is not None and self._clipping.device != mean.device:
             # assign=True has put the layer on another device.
             if self._clipping.is_meta:
-                self._clipping = new_counts(self.num_features, self.running_mean.device)
+                self._clipping = new_counts(mean.numel(), mean.device)
             else:
-                self._clipping = self._clipping.to(self.running_mean.device)
+                self._clipping = self._clipping.to(mean.device)
 
     def _adopt(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> RenormSchedule:
         """Brings this layer's entries of a state_dict into its own form, in place. Returns the

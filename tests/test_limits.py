@@ -260,3 +260,35 @@ def test_nothing_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert limits(layer) == (2.0, 1.0)
+
+
+def test_layers_that_share_a_counter_scale_it_once():
+    one, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    other._buffers.update(one._buffers)
+    model = convert(nn.Sequential(one, other), schedule=per(1))
+    model(torch.randn(4, 3))
+    assert one.num_batches_tracked is other.num_batches_tracked
+    set_steps_per_update(model, 3)
+    assert one.num_batches_tracked == 2 * 3
+    assert one.schedule.tolist() == other.schedule.tolist() == per(3).as_tensor().tolist()
+
+
+def test_another_accumulation_that_a_layer_cannot_have_changes_none():
+    model = nn.Sequential(
+        BatchRenorm1d(3), BatchRenorm1d(3, schedule=RenormSchedule(0, 2.0, 1e300, 1.0, 1e300))
+    )
+    model(torch.randn(5, 3))
+    with pytest.raises(ValueError, match="r_max_step"):
+        set_steps_per_update(model, 10**10)
+    assert [layer.num_batches_tracked.item() for layer in model] == [1, 1]
+    assert model[0].schedule.tolist() == RenormSchedule().as_tensor().tolist()
+
+
+def test_what_a_checkpoint_says_of_accumulation_is_what_the_docstring_says():
+    saved = BatchRenorm1d(3, schedule=RenormSchedule(4, 3.0, 20, 4.0, 12))
+    saved.num_batches_tracked.fill_(8)
+    for own, before in ((per(1), 2), (RenormSchedule(3, 3.0, 7, 4.0, 5), 1)):
+        layer = BatchRenorm1d(3, schedule=own)
+        layer.load_state_dict(saved.state_dict())
+        layer.set_steps_per_update(2)
+        assert layer.num_batches_tracked == 8 * 2 // before

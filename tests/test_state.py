@@ -533,3 +533,55 @@ def test_setting_the_schedule_does_not_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert RenormSchedule.from_tensor(module.schedule) == SCHEDULE
+
+
+def test_hooks_of_the_user_run_before_the_state_of_a_batch_norm_is_taken():
+    """On one that has been converted, as on the BatchNorm that it was."""
+    names = {"moving_var": "running_var", "moving_mean": "running_mean"}
+
+    def rename(module, state, prefix, *_):
+        for old, new in names.items():
+            if prefix + old in state:
+                state[prefix + new] = state.pop(prefix + old)
+
+    norm = nn.BatchNorm1d(3)
+    norm(torch.randn(5, 3))
+    norm.register_load_state_dict_pre_hook(rename)
+    old = {new: old for old, new in names.items()}
+    state = {old.get(name, name): t.clone() for name, t in norm.state_dict().items()}
+    want = (norm.running_var + norm.eps).sqrt()
+    norm.load_state_dict(dict(state))
+    layer = convert(norm)
+    layer.running_std.fill_(7)
+    layer.load_state_dict(dict(state))
+    torch.testing.assert_close(layer.running_std, want)
+    layer.load_state_dict(layer.state_dict())
+    assert len(layer._load_state_dict_pre_hooks) == 1
+
+
+def test_what_a_hook_of_the_user_makes_of_a_state_is_checked():
+    layer, repaired = BatchRenorm1d(3), []
+
+    def repair(module, state, prefix, *_):
+        repaired.append(prefix)
+        state[prefix + "running_std"] = state[prefix + "running_std"].clamp_min(floor)
+        state[prefix + "schedule"] = RenormSchedule.constant(2.0, 1.0).as_tensor()
+
+    layer.register_load_state_dict_pre_hook(repair)
+    state = BatchRenorm1d(3).state_dict()
+    state["running_std"][1] = floor = 0.0
+    with pytest.raises(RuntimeError, match="running_std must be finite and > 0"):
+        layer.load_state_dict(state)
+    assert layer.running_std.tolist() == [1, 1, 1]
+    floor = 0.5
+    layer.load_state_dict(state)
+    assert layer.running_std.tolist() == [1, 0.5, 1] and len(repaired) == 2
+    assert layer._schedule == RenormSchedule.constant(2.0, 1.0)
+    assert layer.schedule.tolist() == layer._schedule.as_tensor().tolist()
+
+
+def test_a_monitored_layer_whose_statistics_were_taken_away_loads():
+    layer = BatchRenorm1d(3)
+    layer.monitor_clipping()
+    layer.running_mean = layer.running_std = None
+    layer.load_state_dict(layer.state_dict())
