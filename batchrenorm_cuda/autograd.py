@@ -29,17 +29,20 @@ _ALL_THREE = (True, True, True, False)
 def wants_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     if not _is_grad_enabled():
         return False
-    if x.requires_grad:
-        return True
-    wants = (weight is not None and weight.requires_grad) or (
-        bias is not None and bias.requires_grad
-    )
-    if wants and x.is_inference():  # which autograd would find when statistics have moved
+    if not (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    # Which autograd would find when statistics have moved.
+    if x.is_inference() or (weight is not None and weight.is_inference()):
+        name = "x" if x.is_inference() else "weight"
         raise ValueError(
-            "x must be kept for the gradient of weight or bias, and an inference tensor cannot be: "
-            "call x.clone() outside of torch.inference_mode()"
+            f"{name} must be kept for the backward pass, and an inference tensor cannot be: "
+            f"call {name}.clone() outside of torch.inference_mode()"
         )
-    return wants
+    return True
 
 
 def _needed(ctx: Any, gradients: Gradients) -> Gradients:

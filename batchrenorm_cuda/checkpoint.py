@@ -119,14 +119,21 @@ def _hooks() -> list[tuple[Callable, Callable]]:
     return found
 
 
+def _held(function: Callable) -> Iterator[Any]:
+    """What a function has from around it."""
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # nothing yet
+            continue
+
+
 def _frame_regions() -> tuple[list[Any], list[tuple[Any, Any]]]:
     """Frames of non-reentrant checkpointing: those that run for the first time, and (frame, run)
     of those that run again."""
     first, again = [], []
     for pack, _ in _hooks():
-        function = inspect.unwrap(pack)
-        held = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
-        for value in held.values():
+        for value in _held(inspect.unwrap(pack)):
             if isinstance(value, _Frame):
                 first.append(value)
             elif isinstance(value, weakref.ref) and isinstance(value(), _Frame):

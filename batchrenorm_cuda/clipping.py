@@ -112,6 +112,16 @@ def counting(
             f"clipping must be float64 of shape ({ROWS}, {running_mean.numel()}), got "
             f"{counts.dtype} of {tuple(counts.shape)}"
         )
+    if counts.layout != torch.strided or counts.requires_grad:
+        got = "one that requires a gradient" if counts.requires_grad else counts.layout
+        raise ValueError(f"clipping must be a dense tensor without a gradient, got {got}")
+    if not torch.compiler.is_compiling():
+        if counts.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError("clipping must not be an inference tensor, which cannot be added to")
+        if any(n > 1 and step == 0 for n, step in zip(counts.shape, counts.stride(), strict=True)):
+            raise ValueError(
+                f"clipping must have a place for each count, got strides {counts.stride()}"
+            )
     if counts.device != running_mean.device:
         raise ValueError(
             f"clipping must be on the device of running_mean, {running_mean.device}, got "

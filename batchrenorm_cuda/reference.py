@@ -67,8 +67,8 @@ def batch_renorm(
             d = torch.where(has_scale, d, 0).to(mean.dtype)
 
     with torch.no_grad():
-        counts = x.isfinite().all() if skip_nonfinite else torch.ones((), dtype=torch.bool)
-        counts = counts.to(x.device)
+        every = torch.ones((), dtype=torch.bool, device=x.device)
+        counts = x.isfinite().all() if skip_nonfinite else every
         if running_mean is not None:
             if momentum is None:
                 momentum = 1 / (num_batches_tracked.item() + 1)

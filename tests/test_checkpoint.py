@@ -457,3 +457,16 @@ def test_ordinary_training_does_not_look_for_regions(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss(model(x)).backward()
+
+
+def test_hooks_that_refer_to_what_is_not_there_yet():
+    """A checkpoint's frame is looked for in what the hooks hold."""
+    layer = BatchRenorm2d(3)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t if t.dim() else later(t), lambda t: t
+    ):
+        y = layer(x)
+    later = torch.clone
+    y.sum().backward()
+    assert layer.num_batches_tracked == 1 and x.grad is not None

@@ -34,6 +34,11 @@ from batchrenorm_cuda import (
 SCHEDULE = RenormSchedule(1, 1.5, 4, 0.7, 6)
 
 
+def made_for_inference():
+    with torch.inference_mode():
+        return torch.zeros(9, 4, dtype=torch.float64)
+
+
 def layer_of(**options):
     return BatchRenorm1d(4, momentum=0.3, schedule=SCHEDULE, **options)
 
@@ -460,6 +465,10 @@ def test_what_cannot_be_monitored():
         ({"running_mean": None, "running_std": None}, "running_mean must be given with clipping"),
         ({"clipping": torch.zeros(9, 4, device="meta").double()}, "clipping must be on the device"),
         ({"clipping": [1]}, "clipping must be a Tensor, got list"),
+        ({"clipping": torch.zeros(9, 1).double().expand(9, 4)}, r"a place for each .* \(1, 0\)"),
+        ({"clipping": torch.zeros(9, 4).double().to_sparse()}, "a dense tensor .*sparse_coo"),
+        ({"clipping": torch.zeros(9, 4).double().requires_grad_()}, "that requires a gradient"),
+        ({"clipping": made_for_inference()}, "clipping must not be an inference tensor"),
         ({"running_mean": torch.zeros(5)}, "running_mean must have shape"),
     ],
 )

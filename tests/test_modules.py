@@ -338,6 +338,18 @@ def test_an_inference_tensor_is_refused_before_statistics_move():
     assert layer.num_batches_tracked == 2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_inference_weight_is_refused_before_statistics_move(training):
+    """Weights that were loaded under inference_mode, say."""
+    with torch.inference_mode():
+        layer = BatchRenorm1d(3).train(training)
+    mean, std, steps = torch.zeros(3), torch.ones(3), torch.tensor(0)
+    state = {"running_mean": mean, "running_std": std, "num_batches_tracked": steps}
+    with pytest.raises(ValueError, match=r"weight must be kept .*: call weight.clone\(\)"):
+        torch.func.functional_call(layer, state, torch.randn(4, 3, requires_grad=True))
+    assert steps == 0 and mean.eq(0).all() and std.eq(1).all()
+
+
 def test_functional_call_replaces_parameters_and_buffers():
     module = BatchRenorm1d(3)
     x = torch.randn(6, 3)
