@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from . import _ops, checkpoint
-from .arguments import HALVES, check_arguments, check_constants
+from .arguments import HALVES, check_arguments, check_constants, check_flags
 from .autograd import (
     Inference,
     RecordedTraining,
@@ -91,7 +91,8 @@ def batch_renorm(
         skip_nonfinite: leave moving statistics and counter as they are for a batch with a NaN or
             inf anywhere.
         clipping: float64 [9, C], made by clipping.new_counts: counts to which a training step adds
-            how often and how far r and d were clipped. Needs num_batches_tracked.
+            how often and how far r and d were clipped. Needs num_batches_tracked. Inference adds
+            nothing, and nor does a step under torch.func or in forward mode.
 
     Returns:
         y, of the shape and dtype of x, under autocast too. It is laid out in memory as x is, if x
@@ -110,6 +111,8 @@ def batch_renorm(
             "clipping": clipping,
         }
         return x.tracer.create_proxy("call_function", batch_renorm, given, options)
+    if training is not True and training is not False:
+        check_flags(training=training)
     if running_mean is None and momentum is None:
         momentum = 0.0  # nothing is averaged, so nothing is to be counted
     step = (

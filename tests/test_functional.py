@@ -400,6 +400,9 @@ BAD = [
     ({"training": False, "running_std": torch.ones(2)}, ValueError, "running_std must have shape"),
     ({"training": False, "weight": torch.ones(2)}, ValueError, "weight must have shape"),
     ({"training": False, "x": torch.ones(3)}, ValueError, "x must have shape"),
+    ({"training": "no"}, TypeError, "training must be a bool, got 'no'"),
+    ({"training": 1}, TypeError, "training must be a bool, got 1"),
+    ({"training": torch.tensor(True)}, TypeError, "training must be a bool, got tensor"),
     ({"training": False, "x": None}, TypeError, "x must be a Tensor, got NoneType"),
 ]
 
