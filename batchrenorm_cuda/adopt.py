@@ -429,8 +429,7 @@ def _state(
         "running_mean": running_mean,
         "running_std": running_std,
     }
-    state = {key: t.reshape(-1) for key, t in vectors.items() if t is not None}
-    state = {key: t if t.is_floating_point() else t.float() for key, t in state.items()}
+    state = {key: _real(t).reshape(-1) for key, t in vectors.items() if t is not None}
     mean, std = state["running_mean"], state["running_std"]
     for key, t in state.items():
         if t.numel() != std.numel():
@@ -473,7 +472,11 @@ def _root(var: Tensor, eps: float, name: str) -> Tensor:
     """sqrt(var + eps), rounded once."""
     if not bool((var >= 0).all()):
         raise ValueError(f"{name} must be >= 0, got {var[~(var >= 0)][0].item()}")
-    return (var.double() + eps).sqrt().to(var.dtype if var.is_floating_point() else torch.float32)
+    return (var.double() + eps).sqrt().to(_real(var).dtype)
+
+
+def _real(t: Tensor) -> Tensor:
+    return t if t.is_floating_point() else t.float()
 
 
 def _tensor(value: Any, name: str) -> Tensor:

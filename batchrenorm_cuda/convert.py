@@ -149,9 +149,10 @@ def convert(
             return "track_running_stats does not say whether it has statistics"
         if is_parametrized(layer) and {"running_mean", "running_var"} & {*layer.parametrizations}:
             return "its statistics are parametrized"
-        limits = schedule
-        if from_now and tracks:
-            limits = _later(schedule, layer._buffers.get("num_batches_tracked"), name)
+        limits, counter = schedule, layer._buffers.get("num_batches_tracked")
+        if tracks and counter is not None and not counter.is_meta:
+            steps = _counted(counter, name)
+            limits = _later(schedule, steps) if from_now else schedule
         keeps = momentum == "keep" or layer.momentum is None
         return _to_renorm(
             layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
@@ -306,17 +307,22 @@ def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.devic
     return None, None
 
 
-def _later(schedule: RenormSchedule, counter: Tensor | None, name: str) -> RenormSchedule:
-    """The schedule with its start moved to where the counter of a layer of this name is."""
-    steps = 0
-    if counter is not None and not counter.is_meta:
-        if counter.numel() != 1 or not (math.isfinite(counter) and counter >= 0):
-            where = f"{name}." if name else ""
-            raise ValueError(
-                f"{where}num_batches_tracked must be one number, finite and >= 0, got "
-                f"{counter.tolist()}"
-            )
-        steps = int(counter)
+def _counted(counter: Tensor, name: str) -> int:
+    """The batches that a layer of this name has seen."""
+    where = f"{name}." if name else ""
+    if counter.numel() != 1:
+        raise ValueError(
+            f"{where}num_batches_tracked must be one number, got shape {tuple(counter.shape)}"
+        )
+    if not (math.isfinite(counter) and counter >= 0):
+        raise ValueError(
+            f"{where}num_batches_tracked must be finite and >= 0, got {counter.item()}"
+        )
+    return int(counter)
+
+
+def _later(schedule: RenormSchedule, steps: int) -> RenormSchedule:
+    """The schedule with its start moved to where a layer's counter is."""
     per = schedule.steps_per_update
     steps = steps / per if steps % per else steps // per
     moved = {n: getattr(schedule, n) + steps for n in ("warmup_steps", "r_max_step", "d_max_step")}
@@ -354,10 +360,6 @@ def _to_renorm(
         names = ("running_mean", "running_var", "num_batches_tracked")
         own = {n: layer._buffers.get(n) for n in names}  # old pickles have no counter
         own = {n: t for n, t in own.items() if t is not None and not is_lazy(t)}
-        if (counter := own.get("num_batches_tracked")) is not None and counter.numel() != 1:
-            raise ValueError(
-                f"{prefix}num_batches_tracked must be one number, got shape {tuple(counter.shape)}"
-            )
         state = {f"{prefix}{n}": t for n, t in own.items()}
         fresh._adopt(state, prefix, assign=False)
         for before, source in own.items():

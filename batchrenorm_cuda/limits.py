@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from .modules import _BatchRenorm, _require_schedule, layers_of
+from .modules import _BatchRenorm, _require_schedule, accumulate, layers_of
 from .schedule import RenormSchedule, require_steps_per_update
 
 
@@ -60,15 +60,7 @@ def set_steps_per_update(
     require_steps_per_update(steps_per_update)
     if before is not None:
         require_steps_per_update(before, "before")
-    layers = _limited(model)
-    accumulating = [layer._accumulating(steps_per_update, before) for layer in layers]
-    scaled: set[int] = set()  # counters: layers may share one
-    for layer, (until_now, schedule) in zip(layers, accumulating, strict=True):
-        counter = layer.num_batches_tracked
-        if id(counter) not in scaled:
-            scaled.add(id(counter))
-            counter.mul_(steps_per_update).div_(until_now, rounding_mode="floor")
-        layer.set_schedule(schedule)
+    accumulate(_limited(model), steps_per_update, before)
 
 
 def _limited(model: nn.Module) -> list[_BatchRenorm]:

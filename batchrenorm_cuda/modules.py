@@ -162,16 +162,13 @@ class _BatchRenorm(nn.Module):
                 a whole number is taken for such a one; from any other it is 1, and with a schedule
                 that has no steps the layer's own. Where that is wrong `before` has to say it.
         """
-        before, schedule = self._accumulating(steps_per_update, before)
-        counter = self.num_batches_tracked
-        counter.mul_(steps_per_update).div_(before, rounding_mode="floor")
-        self.set_schedule(schedule)
+        accumulate([self], steps_per_update, before)
 
     def _accumulating(
         self, steps_per_update: int, before: int | None
     ) -> tuple[int, RenormSchedule]:
-        """What set_steps_per_update works with: microbatches a step until now, and the schedule
-        from now on."""
+        """What accumulate() works with: microbatches a step until now, and the schedule from now
+        on."""
         require_steps_per_update(steps_per_update)
         known = self._schedule.steps_per_update
         if before is None:
@@ -447,6 +444,18 @@ def layers_of(model: nn.Module) -> dict[str, _BatchRenorm]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchRenorm)}
+
+
+def accumulate(layers: list[_BatchRenorm], steps_per_update: int, before: int | None) -> None:
+    """set_steps_per_update of all of these layers, or an error and of none."""
+    planned = [layer._accumulating(steps_per_update, before) for layer in layers]
+    scaled: set[int] = set()  # counters: layers may share one
+    for layer, (until_now, schedule) in zip(layers, planned, strict=True):
+        counter = layer.num_batches_tracked
+        if id(counter) not in scaled:
+            scaled.add(id(counter))
+            counter.mul_(steps_per_update).div_(until_now, rounding_mode="floor")
+        layer.set_schedule(schedule)
 
 
 class BatchRenorm1d(_BatchRenorm):

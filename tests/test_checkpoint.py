@@ -468,5 +468,5 @@ def test_hooks_that_refer_to_what_is_not_there_yet():
     ):
         y = layer(x)
     later = torch.clone
-    y.sum().backward()
-    assert layer.num_batches_tracked == 1 and x.grad is not None
+    y.backward(torch.randn_like(y))
+    assert layer.num_batches_tracked == 1 and x.grad.abs().max() > 0.1

@@ -338,6 +338,15 @@ def test_an_inference_tensor_is_refused_before_statistics_move():
     assert layer.num_batches_tracked == 2
 
 
+def test_an_inference_tensor_that_wants_a_gradient_is_refused_too():
+    layer = BatchRenorm1d(3, affine=False)
+    with torch.inference_mode():
+        x = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"x must be kept .*: call x.clone\(\)"):
+        layer(x)
+    assert layer.num_batches_tracked == 0 and layer.running_mean.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_an_inference_weight_is_refused_before_statistics_move(training):
     """Weights that were loaded under inference_mode, say."""

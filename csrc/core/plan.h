@@ -361,7 +361,8 @@ constexpr double merging(const Problem& p, const Plan& plan, Pass pass) {
 // What narrow slots of kChannelsFirst leave of the speed of a copy. Of two bytes: they take 29
 // instructions an element forward, 36 back (SASS, sm_90), where an H200 has time for 31 and 46 if
 // every one is issued at once; and neighbouring warps both ask L2 for the 32 bytes where their
-// slots meet, 0.23 times 32 bytes an element, of which it has some 180 a ns.
+// slots meet, 0.23 times 32 bytes an element, of which it has some 180 a ns. Of four bytes: half of
+// either for a byte, and the 32 bytes that are asked for twice are what shows. Both are guesses.
 constexpr double narrow_speed(int slot_bytes) {
   return slot_bytes == 2 ? 0.65 : slot_bytes == 4 ? 0.9 : 1.0;
 }
@@ -529,8 +530,8 @@ constexpr bool can_bundle(const Problem& p) {
 // Bundles if they promise to be `gain` times as fast and blocks for three quarters of the chip, or
 // channel by channel: there are more of those to go round, and how much slower their narrow slots
 // are is an estimate too.
-constexpr Plan faster_of(const Problem& p, const Device& device, Pass pass, const Plan& single,
-                         const Plan& bundles, double gain) {
+constexpr Plan bundles_if_faster(const Problem& p, const Device& device, Pass pass,
+                                 const Plan& single, const Plan& bundles, double gain) {
   if (bundles.blocks() * 4 < std::int64_t{device.sm_count} * 3) return single;
   const double time = estimate(as_planned(p, bundles), bundles, device, pass);
   return time * gain < estimate(p, single, device, pass) ? bundles : single;
@@ -542,7 +543,7 @@ constexpr Plan plan_planes(const Problem& p, const Device& device, Pass pass) {
   Problem q = p;
   q.layout = Layout::kBundles;
   const Plan bundles = plan_width(q, device, pass, 16, static_cast<int>(p.spatial));
-  return faster_of(p, device, pass, single, bundles, 1.1);
+  return bundles_if_faster(p, device, pass, single, bundles, 1.1);
 }
 
 constexpr Plan plan_team(const Problem& p, const Device& device, Pass pass) {
@@ -601,7 +602,7 @@ constexpr Plan plan_elementwise(const Problem& p, const Device& device, Pass slo
   const Plan plan = plan_blocks(p, slots, slot_bytes, columns);
   if (!can_bundle(p)) return plan;
   const Plan bundles = plan_blocks(p, slots, 16, static_cast<int>(p.spatial));
-  return faster_of(p, device, Pass::kInference, plan, bundles, 1.05);
+  return bundles_if_faster(p, device, Pass::kInference, plan, bundles, 1.05);
 }
 
 constexpr Plan plan_inference(const Problem& p, const Device& device) {
