@@ -140,10 +140,15 @@ def test_every_slab_has_one_team(which, p, sm_count):
 
 @each_pass
 @SETTINGS
-@given(p=problems(), sm_count=sm_counts)
-def test_bundles_have_blocks_for_the_chip(which, p, sm_count):
-    """Channel by channel there are `lanes` times as many slabs to go round."""
-    got = plan(which, p, sm_count)
+@given(
+    batch=st.integers(1, 512),
+    channels=st.integers(1, 256).map(lambda slots: 8 * slots),
+    side=st.sampled_from([3, 5, 7, 9, 11, 15]),
+    sm_count=sm_counts,
+)
+def test_bundles_have_blocks_for_the_chip(which, batch, channels, side, sm_count):
+    """Channel by channel there are eight times as many slabs to go round."""
+    got = _C.plan(which, batch, channels, side * side, dtype="bfloat16", sm_count=sm_count)
     assert not got.bundles or 4 * got.blocks >= 3 * sm_count
 
 
