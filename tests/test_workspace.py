@@ -32,16 +32,9 @@ def test_control_words(tmp_path):
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [
-        (
-            "workspace.h",
-            "key{status == cudaStreamCaptureStatusActive, capture, id}",
-            "key{false, 0, id}",
-        ),
-        (
-            "workspace.h",
-            "key{status == cudaStreamCaptureStatusActive, capture, id}",
-            "key{false, capture, 0}",
-        ),
+        ("workspace.h", "key{capturing, capture, id}", "key{false, 0, id}"),
+        ("workspace.h", "key{capturing, capture, id}", "key{false, capture, 0}"),
+        ("workspace.h", "if (capturing) {", "if (false) {"),
         ("workspace.h", "const RelaxedCapture relaxed;", ""),
         (
             "workspace.h",
@@ -53,7 +46,7 @@ def test_control_words(tmp_path):
         ("plans.h", "known = {true, p, ", "known = {false, p, "),
     ],
     ids=[
-        "captures share", "streams share", "strict capture", "not waited for", "slots overlap",
+        "captures share", "streams share", "id of a capturing stream", "strict capture", "not waited for", "slots overlap",
         "plans of others", "plans forgotten",
     ],
 )  # fmt: skip

@@ -47,10 +47,17 @@ Device planned_for(const DeviceState& state) {
           state.capability};
 }
 
+// A process loads its kernels as it launches them first, in a capture maybe.
+template <typename Launch>
+cudaError_t launched(Launch launch) {
+  const RelaxedCapture relaxed;
+  return static_cast<cudaError_t>(launch());
+}
+
 // Launches what `run(plan, workspace)` launches; if the device does not hold all the blocks at
 // once, without shared memory (the process may have asked for a large L1, which leaves less shared
-// memory), then on fewer SMs: another process may hold a part of it (MPS), or the stream may be
-// given a part of it only (green contexts).
+// memory), then on half the SMs, and so on: another process may hold a part of it (MPS), the stream
+// may be given a part of it only (green contexts), or a tool may give each block more registers.
 template <typename Run>
 void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream_t stream,
                  bool counts, bool proposes, Plans DeviceState::* plans, Run run) {
@@ -73,13 +80,14 @@ void launch_team(const char* pass, const Problem& p, const Tensor& x, cudaStream
       workspace.partials = partials->mutable_data_ptr();
     }
     if (counts || plan.team > 1) workspace.control = state.control.slot(stream, state.sm_count);
-    error = static_cast<cudaError_t>(run(plan, workspace));
+    error = launched([&] { return run(plan, workspace); });
     if (error != cudaErrorCooperativeLaunchTooLarge) break;
     cudaGetLastError();
     if (plan.prefetch || plan.retained) {
       device.shared_bytes = 0;
     } else {
       device.sm_count /= 2;
+      device.shared_bytes = state.shared_bytes;
     }
     if (device.sm_count == 0) break;
     plan = (state.*plans).planner()(p, device);
@@ -119,8 +127,9 @@ struct Cuda {
   static void inference(const Problem& p, const InferenceParams& params, const Tensor& x) {
     check_counts(p);
     const Device device = planned_for(device_state(x.get_device_index()));
-    const int error = launch_inference(p, plan_inference(p, device), params, current_stream(x));
-    check_launch(static_cast<cudaError_t>(error), "inference");
+    const cudaStream_t stream = current_stream(x);
+    const Plan plan = plan_inference(p, device);
+    check_launch(launched([&] { return launch_inference(p, plan, params, stream); }), "inference");
   }
 
   static void moments(const Problem& p, const MomentsParams& params, const Tensor& x) {
@@ -132,8 +141,8 @@ struct Cuda {
   }
 
   static void merge(const MergeParams& params, const Tensor& gathered) {
-    const int error = launch_merge(params, current_stream(gathered));
-    check_launch(static_cast<cudaError_t>(error), "merge");
+    const cudaStream_t stream = current_stream(gathered);
+    check_launch(launched([&] { return launch_merge(params, stream); }), "merge");
   }
 
   static void backward_sums(const Problem& p, const BackwardSumsParams& params, const Tensor& x) {
@@ -148,9 +157,10 @@ struct Cuda {
                                const Tensor& x) {
     check_counts(p);
     const Device device = planned_for(device_state(x.get_device_index()));
-    const int error =
-        launch_backward_project(p, plan_backward_project(p, device), params, current_stream(x));
-    check_launch(static_cast<cudaError_t>(error), "backward_project");
+    const cudaStream_t stream = current_stream(x);
+    const Plan plan = plan_backward_project(p, device);
+    check_launch(launched([&] { return launch_backward_project(p, plan, params, stream); }),
+                 "backward_project");
   }
 };
 

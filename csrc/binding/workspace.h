@@ -4,9 +4,10 @@
 // Two launches that may overlap must not share a slot. Eager work on one stream runs in order, so a
 // slot belongs to a stream. A captured graph may be replayed on another stream while eager work
 // runs, so what is captured never shares with eager work: it takes a slot for its capture and its
-// stream, which no later capture is given. (A graph does not overlap itself.) Streams are told
-// apart by their id: a handle may be used again for another stream while work of the first is still
-// under way.
+// stream, which no later capture is given. (A graph does not overlap itself.) Streams of eager work
+// are told apart by their id: a handle may be used again for another stream while work of the first
+// is still under way. Those of a capture by their handle: to ask a capturing stream for its id is
+// cudaErrorStreamCaptureUnsupported, and the end of the capture.
 //
 // The first call may well come during a capture, so a slot is never allocated by torch, whose pool
 // would belong to the graph, nor zeroed on the capturing stream, which would make a memset node of
@@ -19,6 +20,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -33,7 +35,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
           cudaGetErrorString(error));
 }
 
-// Lets this thread allocate while one of its streams, or another thread's, is being captured.
+// Lets this thread allocate, and load kernels, while one of its streams, or another thread's, is
+// being captured.
 class RelaxedCapture {
  public:
   RelaxedCapture() {
@@ -56,8 +59,13 @@ class ControlPool {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long capture = 0, id = 0;
     check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
-    check_cuda(cudaStreamGetId(stream, &id), "cudaStreamGetId");
-    const Key key{status == cudaStreamCaptureStatusActive, capture, id};
+    const bool capturing = status != cudaStreamCaptureStatusNone;
+    if (capturing) {
+      id = reinterpret_cast<std::uintptr_t>(stream);
+    } else {
+      check_cuda(cudaStreamGetId(stream, &id), "cudaStreamGetId");
+    }
+    const Key key{capturing, capture, id};
 
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = slots_.find(key);
@@ -72,7 +80,7 @@ class ControlPool {
 
  private:
   using Key =
-      std::tuple<bool, unsigned long long, unsigned long long>;  // capturing, capture id, stream id
+      std::tuple<bool, unsigned long long, unsigned long long>;  // capturing, capture id, stream
   static constexpr int kSlotsOfChunk = 64;
 
   // As many teams as the chip can hold when they have two blocks each; a lone block needs no

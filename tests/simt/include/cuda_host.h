@@ -26,6 +26,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorStreamCaptureImplicit = 906,
   cudaErrorUnknown = 999,
 };
@@ -84,7 +85,10 @@ inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptu
   if (stream->capture) *id = stream->capture;
   return cudaSuccess;
 }
+// NVIDIA's CUDA Experimental documents that it refuses, places::get_stream_id(); the runtime does
+// not.
 inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  if (stream->capture) return cudaErrorStreamCaptureUnsupported;
   *id = stream->id;
   return cudaSuccess;
 }

@@ -110,6 +110,8 @@ T __shfl_sync(unsigned mask, T value, int source, SIMT_SITE) {
   return ::simt::shuffle(SIMT_HERE, ::simt::Operation::kShuffle, mask, value, source & 31);
 }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 // A block may be preempted on either side of an atomic operation, which other blocks see.
 inline unsigned atomicAdd(unsigned* p, unsigned value) {
   const ::simt::AtomicPoint point;
@@ -263,6 +265,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   };
   // What is captured runs with every replay of the graph, and not now.
   if (config->stream != nullptr && config->stream->capture != 0) {
+    // It may be the first launch of the kernel, which then has to be loaded.
+    if (fake.mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
     fake.captured[config->stream->capture].push_back(run);
     return cudaSuccess;
   }
