@@ -31,11 +31,13 @@ class Promise:
         if found is None:
             return "not measured", None
         right = found <= self.wanted if self.at_most else found >= self.wanted
-        return ("holds" if right else "does not hold"), found
+        so_far = " so far" if results.get("stopped_before") else ""
+        return f"holds{so_far}" if right else "does not hold", found
 
 
 def _rows(results: dict, provider: str = OURS, **wanted) -> list[dict]:
-    """Rows of one provider in which every named field has (one of) the given value(s)."""
+    """Rows of one provider in which every named field has (one of) the given value(s); not those
+    that have the host in their figure."""
 
     def fits(row: dict) -> bool:
         return all(
@@ -43,7 +45,11 @@ def _rows(results: dict, provider: str = OURS, **wanted) -> list[dict]:
             for key, value in wanted.items()
         )
 
-    return [r for r in results["rows"] if r["provider"] == provider and "us" in r and fits(r)]
+    return [
+        r
+        for r in results["rows"]
+        if r["provider"] == provider and "us" in r and r["method"] != "events" and fits(r)
+    ]
 
 
 def _least(values: Iterable[float | None]) -> float | None:

@@ -7,7 +7,8 @@
 #
 #   PYTHON=python3            an interpreter with torch for CUDA; setuptools and ninja to build with
 #   WHEELS=DIR                wheels of what that interpreter lacks (setuptools, pytest, ...)
-#   ONLY=REGEX                the steps whose names match, for a second run
+#   ONLY=REGEX                the steps whose names match, for a second run; on a machine that the
+#                             first one has not built on, '^(wheels|build|benchmark)$'
 #   SECONDS_IN_ALL=460        after which no step is started and running ones are ended
 #
 # Every step has a time limit of its own, and the next one runs whether or not it passed. Reports
@@ -24,6 +25,10 @@ WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 rm -f "$OUT"/{summary.txt,build.log,parity.log,tests.log,sanitizer.log,bench.log,chip.log,results.json}
 export PYTHONUNBUFFERED=1
+# Where the toolkit and its profiler lie if nobody has said so.
+for tools in /usr/local/cuda/bin /opt/nvidia/nsight-compute/*/; do
+  [ -d "$tools" ] && PATH=$PATH:${tools%/}
+done
 SECONDS=0
 
 say() {
@@ -80,12 +85,20 @@ if has nvcc "chip programs"; then
   (
     step "compile probe" 100 "$OUT/build.log" nvcc -O3 -std=c++17 -arch=native bench/probe.cu \
       -o "$WORK/probe"
+    # The kernels as the build has made them, if it has: to compile them again takes 80 s.
+    kernels=()
+    for kernel in forward backward; do
+      made=(build/*/csrc/kernels/$kernel.cu.o)
+      [ -f "${made[0]}" ] && kernels+=("${made[0]}") || kernels+=("csrc/kernels/$kernel.cu")
+    done
     step "compile sweep" 150 "$OUT/build.log" nvcc -O3 -std=c++17 -arch=native bench/sweep.cu \
-      csrc/kernels/forward.cu csrc/kernels/backward.cu -o "$WORK/sweep"
+      "${kernels[@]}" -o "$WORK/sweep"
   ) &
 fi
 
 # --- checks: nothing here is timed, so they share the GPU ----------------------------------------
+
+export OMP_NUM_THREADS=2  # ten processes at a time
 
 step "parity, quick" 60 "$OUT/parity.log" "$PYTHON" -m batchrenorm_cuda parity --device cuda --quick
 
@@ -110,7 +123,7 @@ if "$PYTHON" -c 'import pytest, hypothesis' 2>/dev/null; then
   # limit by itself, and a test that hangs in a kernel takes only its own worker with it.
   OPTIONS=(-v --tb=short -rfE --continue-on-collection-errors -p no:cacheprovider)
   known=$("$PYTHON" -m pytest --noconftest --help 2>/dev/null)
-  [[ $known == *--dist* ]] && OPTIONS+=(-n 6 --dist loadfile)
+  [[ $known == *worksteal* ]] && OPTIONS+=(-n 6 --dist worksteal)
   [[ $known == *--session-timeout* ]] &&
     OPTIONS+=(--session-timeout=100 --timeout=60 --timeout-method=thread)
   BATCHRENORM_REQUIRE_GPU=1 step "GPU tests" 120 "$OUT/tests.log" "$PYTHON" -m pytest -m gpu \
@@ -123,11 +136,18 @@ cat "$WORK"/*check.log >"$OUT/sanitizer.log" 2>/dev/null || rm -f "$OUT/sanitize
 
 # --- measurements: one at a time -----------------------------------------------------------------
 
+unset OMP_NUM_THREADS
 # Imports, roofs, the comparison under way at the end and the tables after it come on top.
 rows=$((DEADLINE - SECONDS - 45))
 rows=$((rows > 125 ? 125 : rows < 1 ? 1 : rows))
+nvidia-smi --query-gpu=clocks.sm,clocks.mem,clocks_event_reasons.active --format=csv,noheader \
+  -lms 500 >"$WORK/clocks" 2>/dev/null &
+clocks=$!
 step "benchmark" 170 "$OUT/bench.log" "$PYTHON" -m bench.run --device cuda --seconds "$rows" \
-  --suite resnet50,rl,resnet50-large,segmentation,3d --json "$OUT/results.json"
+  --suite resnet50,rl,resnet50-large,segmentation,3d --providers batchrenorm,F.batch_norm \
+  --json "$OUT/results.json"
+kill "$clocks" 2>/dev/null
+{ printf '\nclocks meanwhile, samples each\n'; sort "$WORK/clocks" | uniq -c; } >>"$OUT/chip.log"
 [ -x "$WORK/probe" ] && step "properties of the chip" 40 "$OUT/chip.log" "$WORK/probe"
 if has ncu "DRAM bytes"; then
   # By default ncu locks the clocks, which are not this script's to set.
@@ -139,7 +159,9 @@ if has ncu "DRAM bytes"; then
     --into "$OUT/results.json"
 fi
 if [ -x "$WORK/sweep" ]; then
-  step "sweep of plans" 75 "$OUT/chip.log" "$WORK/sweep" 55
+  seconds=$((DEADLINE - SECONDS - 15))
+  seconds=$((seconds > 55 ? 55 : seconds < 1 ? 1 : seconds))
+  step "sweep of plans" 75 "$OUT/chip.log" "$WORK/sweep" "$seconds"
   grep -E '^(prefetch|retention): [0-9]' "$OUT/chip.log" | tee -a "$OUT/summary.txt"
 fi
 

@@ -13,6 +13,7 @@ from torch import nn
 import batchrenorm_cuda
 
 from . import timing
+from .shapes import Problem
 
 SHAPES = ((4, 8), (256, 256), (4, 8, 4, 4))
 # Calls of a sample. On CUDA BatchNorm launches about 7 kernels for one, and a host that has filled
@@ -30,8 +31,8 @@ def _layers(shape: tuple[int, ...], device: torch.device) -> dict[str, nn.Module
 def _steps(layer: nn.Module, shape: tuple[int, ...], device: torch.device) -> Callable[[], float]:
     """Seconds a call of forward and backward, with a queue that does not fill up."""
     calls = CALLS[device.type]
-    x = torch.randn(shape, device=device, requires_grad=True)
-    dy = torch.randn(shape, device=device)
+    problem = Problem(shape, "float32", "nhwc" if len(shape) == 2 else "nchw")
+    x, dy = problem.tensor(device).requires_grad_(), problem.tensor(device)
     inputs = [x, layer.weight, layer.bias]
 
     def sample() -> float:

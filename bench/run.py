@@ -107,13 +107,14 @@ def _row(
         "tensor_bytes": problem.tensor_bytes,
     }
     if isinstance(found, Exception):
-        return row | {"error": f"{type(found).__name__}: {found}".splitlines()[0][:200]}
+        return row | {"error": timing.in_a_line(found)}
     speed = roofline.bytes_moved(problem, op) / found.seconds
     return row | {
         "us": found.seconds * 1e6,
         "spread": found.spread,
         "samples": found.samples,
         "method": found.method,
+        "because": found.because,
         "gb_per_s": speed / 1e9,
         "of_roof": speed / roof,
         "ratio": peer.seconds / found.seconds if isinstance(peer, timing.Timing) else None,
@@ -129,6 +130,10 @@ class Setting:
     op: str
     hot: bool
     threads: int | None
+
+    def __str__(self) -> str:
+        problem = f"{self.problem.name} {self.problem.dtype} {self.problem.layout}"
+        return f"{self.suite}: {self.op} {problem}"
 
 
 def settings(args: argparse.Namespace, device: torch.device) -> Iterator[Setting]:
@@ -152,8 +157,12 @@ def compare(
         torch.set_num_threads(setting.threads)
     names = [name for name in args.providers if providers.PROVIDERS[name].measures(op, device)]
     budget = timing.Budget.of(device, args.quick)
-    found = timing.time_operation(problem, op, names, device, hot=setting.hot, budget=budget)
-    backend = providers.backend_of_peer(problem, device, op != "inference")
+    backend = ""
+    try:
+        backend = providers.backend_of_peer(problem, device, op != "inference")
+        found = timing.time_operation(problem, op, names, device, hot=setting.hot, budget=budget)
+    except Exception as error:  # one comparison must not take the others with it
+        found = dict.fromkeys(names, error)
     # On the CPU an output takes the place of the last one, so that a small one never leaves the
     # cache.
     fits = roofline.bytes_moved(problem, op) < roofline.cache_bytes(device)
@@ -170,11 +179,14 @@ def compare(
     ]
 
 
-def measure(args: argparse.Namespace, device: torch.device, roofs: dict) -> Iterator[list[dict]]:
+def measure(
+    args: argparse.Namespace, device: torch.device, roofs: dict, results: dict
+) -> Iterator[list[dict]]:
     """The rows of one comparison after another, for as long as --seconds allows."""
     began = time.perf_counter()
     for setting in settings(args, device):
         if args.seconds is not None and time.perf_counter() - began > args.seconds:
+            results["stopped_before"] = str(setting)
             print(f"stopped after {args.seconds:g} s, before {setting}")
             return
         yield compare(setting, args, device, roofs[setting.threads])
@@ -226,14 +238,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cache_bytes": cache,
         "roof": {str(threads): roof for threads, roof in roofs.items()},
         "fresh": {str(threads): speed for threads, speed in fresh.items()},
+        "stopped_before": None,
         "rows": [],
         "overhead": [],
         "memory": [],
         "launches": [],
         "dram": [],
     }
+    try:
+        measure_all(args, device, roofs, results)
+    finally:
+        results["acceptance"] = acceptance.judge(results)
+        write(results, args.json)
+    print("", acceptance.text(results["acceptance"]), sep="\n")
+    if args.json is not None:
+        print(f"\nwritten to {args.json}")
+    return 0
+
+
+def measure_all(args: argparse.Namespace, device: torch.device, roofs: dict, results: dict) -> None:
+    """Fills `results`, and writes them now and then."""
     written = time.perf_counter()
-    for rows in measure(args, device, roofs):
+    for rows in measure(args, device, roofs, results):
         results["rows"] += rows
         print("\n".join(map(table.line, rows)), flush=True)
         if time.perf_counter() - written > 5.0:
@@ -249,12 +275,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["launches"] = measure_launches(device)
         counts = {row["case"]: [len(names) for names in row["ran"]] for row in results["launches"]}
         print("", f"launches, forward and backward: {counts}", sep="\n", flush=True)
-    results["acceptance"] = acceptance.judge(results)
-    print("", acceptance.text(results["acceptance"]), sep="\n")
-    write(results, args.json)
-    if args.json is not None:
-        print(f"\nwritten to {args.json}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def line(row: dict) -> str:
     start = f"{row['op']:9} {row['shape']:16} {row['dtype']:8} {row['layout']:6} {provider:22} "
     if "us" not in row:
         return start + f"failed: {row['error']}"
-    notes += ["not a graph"] if row["method"] == "events" else []
+    notes += [f"not a graph: {row['because']}"] if row["because"] else []
     # What fits the cache may well be faster than the memory: no fraction of the memory's speed.
     of_roof = "(cache)" if row["in_cache"] else f"{100 * row['of_roof']:.0f}%"
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"

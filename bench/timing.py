@@ -49,6 +49,7 @@ class Timing:
     spread: float  # of the middle 80% of samples, relative to the median
     samples: int
     method: str  # "graph", "events" or "clock"
+    because: str = ""  # of events: why there is no graph
 
 
 def sets_needed(problem: Problem, device: torch.device, hot: bool) -> int:
@@ -63,10 +64,7 @@ def sets_needed(problem: Problem, device: torch.device, hot: bool) -> int:
 @functools.lru_cache(maxsize=1)  # operations on one problem follow one another
 def inputs_of(problem: Problem, device: torch.device, sets: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs of x and dy."""
-    generator = torch.Generator(device).manual_seed(0)
-    return [
-        (problem.tensor(device, generator), problem.tensor(device, generator)) for _ in range(sets)
-    ]
+    return [(problem.tensor(device), problem.tensor(device)) for _ in range(sets)]
 
 
 class CudaSampler:
@@ -84,6 +82,7 @@ class CudaSampler:
                 operations[0]()
             self._stream.synchronize()
             self.calls, self.method, graph = len(operations), "graph", torch.cuda.CUDAGraph()
+            self.because = ""
             self._operations, self._scope, self._launch = operations, layer.scope, graph.replay
             try:
                 with torch.cuda.graph(graph, stream=self._stream):
@@ -91,8 +90,9 @@ class CudaSampler:
                     self._made = [] if hot else [operation() for operation in operations]
                     if hot:
                         self._one_after_another()
-            except RuntimeError:
+            except RuntimeError as error:
                 self._launch, self.method = self._one_after_another, "events"
+                self.because = in_a_line(error)
             self._launch()  # the first replay also brings the graph to the GPU
         torch.cuda.synchronize()
 
@@ -127,7 +127,7 @@ class CpuSampler:
 
     def __init__(self, layer: providers.Layer, op: str, inputs: list, rotation: Rotation) -> None:
         self._operations = [providers.operation(layer, op, x, dy) for x, dy in inputs]
-        self._rotation, self.calls, self.method = rotation, 1, "clock"
+        self._rotation, self.calls, self.method, self.because = rotation, 1, "clock", ""
         self.sample()
         while (seconds := self.sample()) * self.calls < self.LEAST_SECONDS:
             self.calls = max(self.calls + 1, math.ceil(1.5 * self.LEAST_SECONDS / seconds))
@@ -140,10 +140,15 @@ class CpuSampler:
         return (time.perf_counter() - begin) / self.calls
 
 
-def _timing(samples: list[float], method: str) -> Timing:
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _timing(samples: list[float], method: str, because: str = "") -> Timing:
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
     median = statistics.median(samples)
-    return Timing(median, (tenths[-1] - tenths[0]) / median, len(samples), method)
+    spread = (tenths[-1] - tenths[0]) / median
+    return Timing(median, spread, len(samples), method, because)
 
 
 def take_turns(
@@ -194,5 +199,5 @@ def time_operation(
     finally:
         if collecting:
             gc.enable()
-    found |= {name: _timing(samples[name], sampler.method) for name, sampler in samplers.items()}
+    found |= {n: _timing(samples[n], s.method, s.because) for n, s in samplers.items()}
     return {name: found[name] for name in names}

@@ -274,6 +274,7 @@ def _row(provider=OURS, **fields):
         "provider": provider,
         "tensor_bytes": 103_000_000,
         "us": 100.0,
+        "method": "graph",
         "spread": 0.0,
         "of_roof": 0.9,
         "ratio": 2.0,
@@ -346,6 +347,19 @@ def test_failed_rows_are_not_measurements():
     assert verdicts(_results([row]))["any shape, train: x F.batch_norm"][0] == "not measured"
 
 
+def test_figures_with_the_host_in_them_are_not_judged():
+    """A capture that failed: calls one by one, beside a peer's graph."""
+    rows = [_row(ratio=0.2, method="events", because="RuntimeError: no"), _row(ratio=3.0)]
+    assert verdicts(_results(rows))["any shape, train: x F.batch_norm"] == ("holds", 3.0)
+    assert verdicts(_results(rows[:1]))["any shape, train: x F.batch_norm"][0] == "not measured"
+
+
+def test_a_run_that_was_cut_short_has_held_so_far():
+    name, before = "any shape, train: x F.batch_norm", {"stopped_before": "rl: train 256x256"}
+    assert verdicts(_results([_row(ratio=3.0)], **before))[name] == ("holds so far", 3.0)
+    assert verdicts(_results([_row(ratio=0.9)], **before))[name] == ("does not hold", 0.9)
+
+
 def test_launches_overhead_memory_and_dram():
     results = _results(
         [],
@@ -413,6 +427,37 @@ def test_results_are_written(measured):
     assert {row["verdict"] for row in results["acceptance"]} >= {"not measured"}
 
 
+def test_what_fails_takes_nothing_else_with_it(monkeypatch, tmp_path, capsys):
+    """A comparison, as after a capture that has left torch's generator unusable; what follows the
+    rows."""
+    calls = iter([RuntimeError("no capture\nat all")])
+
+    def backend(*_):
+        for error in calls:
+            raise error
+        return "native"
+
+    def overhead_of(*_):
+        raise RuntimeError("nor this")
+
+    monkeypatch.setattr(run.providers, "backend_of_peer", backend)
+    monkeypatch.setattr(run.overhead, "measure", overhead_of)
+    path, threads = tmp_path / "r.json", torch.get_num_threads()
+    command = ["--device", "cpu", "--quick", "--suite", "cpu", "--dtype", "float32", "--layout"]
+    command += ["nhwc", "--op", "forward,inference", "--threads", "1", "--seconds", "0.5"]
+    try:
+        with pytest.raises(RuntimeError, match="nor this"):
+            run.main([*command, "--json", str(path)])
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads(path.read_text())
+    failed, measured = results["rows"][:2], results["rows"][2:]
+    assert [row["error"] for row in failed] == ["RuntimeError: no capture"] * 2
+    assert measured and all(row["us"] > 0 for row in measured)
+    assert results["stopped_before"].startswith("cpu: ") and results["acceptance"]
+    assert "failed: RuntimeError: no capture" in capsys.readouterr().out
+
+
 def test_a_summary_is_of_our_rows_and_geometric():
     rows = [_row(ratio=1.0), _row(ratio=4.0), _row(op="forward", ratio=3.0), _row(PEER, ratio=9.0)]
     rows += [_row(ratio=7.0, hot=True), {"provider": OURS, "hot": False, "error": "no"}]
@@ -474,7 +519,7 @@ def test_the_gpu_script_goes_on_when_every_step_fails(tmp_path):
 
 
 STUB = """#!/bin/bash
-[[ $* == *--help* ]] && echo "--kernel-name --dist --session-timeout"
+[[ $* == *--help* ]] && echo "--kernel-name worksteal --session-timeout"
 [[ $0 == */nvcc ]] && cp "$0" "${@: -1}"
 exit 0
 """
@@ -508,7 +553,7 @@ def test_what_the_gpu_script_calls(tmp_path, seconds, rows):
     assert "--report-api-errors no" in call("--tool memcheck", "--kernel-name kns=brn")
     for tool in ("racecheck", "synccheck"):
         assert "--report-api-errors" not in call(f"--tool {tool}")
-    tests = call("-m pytest", "--continue-on-collection-errors", "-n 6 --dist loadfile")
+    tests = call("-m pytest", "--continue-on-collection-errors", "-n 6 --dist worksteal")
     assert "--session-timeout=100" in tests and "-rfE" in tests
     benchmark = call("bench.run").split()
     assert int(benchmark[benchmark.index("--seconds") + 1]) in rows

@@ -46,7 +46,8 @@ def test_control_words(tmp_path):
         ("plans.h", "known = {true, p, ", "known = {false, p, "),
     ],
     ids=[
-        "captures share", "streams share", "id of a capturing stream", "strict capture", "not waited for", "slots overlap",
+        "captures share", "streams share", "id of a capturing stream", "strict capture",
+        "not waited for", "slots overlap",
         "plans of others", "plans forgotten",
     ],
 )  # fmt: skip
