@@ -35,6 +35,7 @@ class Plan:
     positions_per_pass: int
     positions_per_round: int
     bundles: bool  # planes of neighbouring channels side by side
+    unaligned: bool  # slots that reach over the ends of a plane
     lanes: int
     slab_channels: int
     positions: int

@@ -3,8 +3,8 @@
     compute-sanitizer --tool racecheck python -m bench.small
 
 Every layout, slot width and way through the kernels: a block alone, a team, several rounds, in
-shared memory or not, a prefetch, bundles, skipped batches, inference. Results are not looked at, as
-the parity harness does that; a sanitizer is slow enough without a reference beside it."""
+shared memory or not, a prefetch, odd planes, skipped batches, inference. Results are not looked at,
+as the parity harness does that; a sanitizer is slow enough without a reference beside it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ NAMES = (
     "in mid-ramp",
     "inference",
     "inference, odd plane, 16 channels",
+    "inference, unaligned",
     "256 x 256",
 )
 # Few channels and many values: a team shares each, and with few SMs' worth of blocks fills its
@@ -42,6 +43,7 @@ TEAMS = (
     Case("retained", (256, 8, 7, 7), ""),
     Case("bundles", (32, 800, 7, 7), ""),
     Case("bundles, prefetch or retained", (192, 512, 7, 7), ""),
+    Case("unaligned, prefetch or retained", (2, 256, 65, 129), ""),
     Case("retained, channels_last", (2, 512, 64, 64), "", form="channels_last"),
 )
 DTYPES = (torch.float32, torch.float16)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from simt import truth
 from simt.emulator import (
+    DTYPES,
     ITEM_SIZE,
     Emulator,
     Layout,
@@ -69,6 +71,12 @@ def bundle(why: str, s: int = 49, threads: int = 64, **geometry) -> Case:
     """Planes side by side as whole slots, unless elements have 8 bytes."""
     choice = {"threads": threads, "team": 1, "columns": s} | geometry.pop("choice", {})
     return Case(f"bundle: {why}", choice=choice, s=s, **geometry)
+
+
+def unaligned(why: str, s: int = 361, threads: int = 64, **geometry) -> Case:
+    """Slots of 16 bytes that reach over the ends of planes, unless elements have more than 2."""
+    choice = {"threads": threads, "team": 1, "unaligned": 1} | geometry.pop("choice", {})
+    return Case(f"unaligned: {why}", choice=choice, s=s, **geometry)
 
 
 def retaining(why: str, retained: int, threads: int = 64, **geometry) -> Case:
@@ -286,6 +294,30 @@ CASES = [
     ),
     bundle("retain all", n=50, c=24, sms=2, choice={"team": 2, "retained": 99}),
     bundle("retain one of many", n=50, c=16, sms=1, choice={"team": 1, "retained": 1}),
+    unaligned("19x19", n=3, c=16),
+    unaligned("one image", n=1, c=8),
+    unaligned("a plane that is one slot, of two at most", n=9, c=8, s=5),
+    unaligned("a last slot that is empty in some channels", n=9, c=8, s=11),
+    unaligned("elements of a plane in its first slot alone", n=4, c=8, s=1),
+    unaligned("planes of 7 and 8 slots", n=21, c=16, s=55, threads=128),
+    unaligned("planes that are 4-byte slots", n=5, c=8, s=66),
+    unaligned("planes that are 8-byte slots", n=5, c=8, s=100),
+    unaligned("planes of many passes", n=1, c=8, s=8385),
+    unaligned("a pass of many planes", n=120, c=8, s=9, threads=256),
+    unaligned("rounds", n=14, c=8, s=361),
+    unaligned("large mean", n=12, c=8, s=25, mean=1e4, std=1.0),
+    unaligned("more slabs than blocks that run at a time", n=2, c=16, s=25, sms=1),
+    unaligned("team of two", n=4, c=8, choice={"team": 2}),
+    unaligned("team of three in many waves", n=5, c=16, sms=2, choice={"team": 3}),
+    unaligned("team of many, large mean", n=9, c=8, sms=10, mean=1e4, std=1.0, choice={"team": 20}),
+    unaligned("a share that is an empty slot", n=1, c=8, s=67, choice={"team": 10}),
+    unaligned("rounds in a team", n=30, c=8, sms=2, choice={"team": 2}),
+    unaligned("prefetch", n=4, c=16, sms=2, choice={"team": 2, "prefetch": 1}),
+    unaligned(
+        "prefetch, last slots empty", n=29, c=16, s=27, sms=2, choice={"team": 2, "prefetch": 1}
+    ),
+    unaligned("retain all", n=30, c=8, sms=2, choice={"team": 2, "retained": 99}),
+    unaligned("retain one of many", n=30, c=8, sms=1, choice={"team": 1, "retained": 1}),
     ahead("one slab more than teams", n=6, c=4, s=64, sms=2, team=2),
     ahead("many slabs", n=6, c=23, s=64, sms=2, team=2),
     ahead("ragged shares, last wave not full", n=5, c=7, s=116, sms=2, team=3),
@@ -312,6 +344,7 @@ STATE_CASES = [
         "rows", n=9, c=40, s=49, layout=LAST, sms=2, choice={"columns": 4, "threads": 64, "team": 2}
     ),
     bundle("a team", n=11, c=24, sms=2, choice={"team": 2}),
+    unaligned("a team", n=12, c=8, s=25, sms=2, choice={"team": 2}),
     ahead("a team", n=8, c=5, s=64, sms=2),
     ahead("rows", n=4, c=40, s=30, sms=2, layout=LAST, columns=4),
     retaining("a team", 99, n=12, c=5, s=1000, sms=2),
@@ -324,18 +357,44 @@ def makes_bundles(problem: Problem, choice: dict[str, int]) -> bool:
     return planes and choice.get("columns", 1) > 1
 
 
-def plan_for_project(emulator: Emulator, problem: Problem, choice: dict[str, int]) -> Plan:
+def goes_unaligned(problem: Problem, choice: dict[str, int]) -> bool:
+    """What unaligned() asks for; there are no kernels for wider elements."""
+    return bool(choice.get("unaligned")) and ITEM_SIZE[problem.dtype] == 2
+
+
+def launches_of(cases: list[Case]) -> pytest.MarkDecorator:
+    """Every case with the dtypes that get the plan that it is for."""
+    made = [
+        pytest.param(case, dtype, id=f"{case}-{dtype}")
+        for case in cases
+        for dtype in DTYPES
+        if ITEM_SIZE[dtype] == 2 or not case.choice.get("unaligned")
+    ]
+    return pytest.mark.parametrize(("case", "dtype"), made)
+
+
+def plan_for_blocks(
+    emulator: Emulator, slots: Pass, problem: Problem, choice: dict[str, int]
+) -> Plan | None:
+    """The plan of a pass without statistics, where the choice is not the planner's."""
     if makes_bundles(problem, choice):
-        return emulator.plan_blocks(Pass.BACKWARD, problem, 16, problem.spatial)
-    return emulator.plan_project(problem)
+        return emulator.plan_blocks(slots, problem, 16, problem.spatial)
+    if goes_unaligned(problem, choice):
+        return emulator.plan_blocks(slots, problem, 16, 1)
+    return None
+
+
+def plan_for_project(emulator: Emulator, problem: Problem, choice: dict[str, int]) -> Plan:
+    made = plan_for_blocks(emulator, Pass.BACKWARD, problem, choice)
+    return made or emulator.plan_project(problem)
 
 
 def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str, int]) -> Plan:
     emulator.sm_count = emulator.sm_count or 4
     plan = emulator.plan(which, problem)
-    if which == Pass.INFERENCE and makes_bundles(problem, choice):
-        return emulator.plan_blocks(which, problem, 16, problem.spatial)
-    if not choice or which == Pass.INFERENCE:
+    if which == Pass.INFERENCE:
+        return plan_for_blocks(emulator, which, problem, choice) or plan
+    if not choice:
         return plan
     made = {
         "team": plan.team,
@@ -345,10 +404,11 @@ def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str
         "slots": plan.slots,
         **choice,
     }
-    if problem.layout == FIRST and "columns" in choice:
-        # Bundles of planes, or channels one by one, of slots as the planner would have them.
+    if problem.layout == FIRST and {"columns", "unaligned"} & choice.keys():
+        # Bundles of planes, or channels one by one, of slots that tile them or do not.
         alone = not makes_bundles(problem, choice)
-        slot_bytes = widest_slot(problem) if alone else 16
+        tiled = alone and not goes_unaligned(problem, choice)
+        slot_bytes = widest_slot(problem) if tiled else 16
         made |= {"slot_bytes": slot_bytes, "slots": slots_per_thread(which, slot_bytes)}
         made["columns"] = 1 if alone else made["columns"]
         made["threads"] = max(made["threads"], 1 << (made["columns"] - 1).bit_length())
@@ -360,6 +420,7 @@ def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str
     # float64 holds half as many blocks an SM.
     most = emulator.sm_count * blocks_per_sm(problem, made["columns"])
     made["team"] = min(made["team"], most)
+    made.pop("unaligned", None)
     return emulator.cut(which, problem, **made)
 
 

@@ -17,13 +17,15 @@ ops = torch.ops.batchrenorm
 
 # Lone blocks, teams that meet at a barrier, teams whose next slab is on its way meanwhile, teams
 # with more of a slab than their registers hold, teams for bundles of channels, and these in shares
-# of bfloat16; test_the_shapes_are_what_they_are_for says so.
+# of bfloat16, teams whose slots reach over the ends of planes, in bfloat16;
+# test_the_shapes_are_what_they_are_for says so.
 LONE, TEAM, AHEAD, RETAIN = (16, 64, 8, 8), (64, 8, 56, 56), (32, 128, 28, 28), (64, 4, 224, 224)
 BUNDLES, SHARED_BUNDLES = (256, 2048, 7, 7), (48, 2048, 7, 7)
+UNALIGNED = (256, 256, 19, 19)
 each_kind = pytest.mark.parametrize(
     "shape",
-    [LONE, TEAM, AHEAD, RETAIN, BUNDLES],
-    ids=["lone blocks", "teams", "prefetch", "retain", "bundles"],
+    [LONE, TEAM, AHEAD, RETAIN, BUNDLES, UNALIGNED],
+    ids=["lone blocks", "teams", "prefetch", "retain", "bundles", "unaligned"],
 )
 
 
@@ -32,8 +34,10 @@ class Layer:
 
     def __init__(self, shape, seed=0):
         generator = torch.Generator("cuda").manual_seed(seed)
-        self.x = torch.randn(shape, device="cuda", generator=generator) * 3 + 1
-        self.dy = torch.randn(shape, device="cuda", generator=generator)
+        dtype = torch.bfloat16 if shape == UNALIGNED else torch.float32
+        made = {"device": "cuda", "dtype": dtype, "generator": generator}
+        self.x = torch.randn(shape, **made) * 3 + 1
+        self.dy = torch.randn(shape, **made)
         self.running_mean = torch.zeros(shape[1], device="cuda")
         self.running_std = torch.ones(shape[1], device="cuda")
         self.steps = torch.zeros((), dtype=torch.long, device="cuda")
@@ -77,6 +81,8 @@ def test_the_shapes_are_what_they_are_for():
             assert plan.team > 1 and plan.retained
             plan = _C.plan(pass_, 256, 2048, 7 * 7)
             assert plan.bundles and plan.team > 1
+            plan = _C.plan(pass_, 256, 256, 19 * 19, dtype="bfloat16")
+            assert plan.unaligned and plan.team > 1
             for share in (16, 32):
                 assert _C.plan(pass_, share, 2048, 7 * 7, dtype="bfloat16").bundles
 

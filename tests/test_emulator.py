@@ -22,6 +22,7 @@ from launches import (
     epsilon,
     expected_forward,
     half_ulp,
+    launches_of,
     over_schedules,
     plan_for,
     stats_rows,
@@ -43,8 +44,7 @@ from simt.emulator import (
 each_team_pass = pytest.mark.parametrize("which", (Pass.FORWARD, Pass.BACKWARD))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@launches_of(CASES)
 def test_forward(emulator: Emulator, case: Case, dtype: str):
     emulator.sm_count = case.sms
     problem = case.problem(dtype)
@@ -63,8 +63,7 @@ def test_forward(emulator: Emulator, case: Case, dtype: str):
     assert got["num_batches_tracked"] == 42
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@launches_of(CASES)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_backward(emulator: Emulator, case: Case, dtype: str, training: bool):
     emulator.sm_count = case.sms
@@ -118,8 +117,7 @@ def test_backward(emulator: Emulator, case: Case, dtype: str, training: bool):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@launches_of(CASES)
 def test_inference(emulator: Emulator, case: Case, dtype: str):
     emulator.sm_count = case.sms
     problem = case.problem(dtype)
@@ -139,10 +137,7 @@ def test_inference(emulator: Emulator, case: Case, dtype: str):
     assert_within("y", got["y"], want, bound)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.choice.keys() & {"prefetch", "retained"}], ids=str
-)
+@launches_of([case for case in CASES if case.choice.keys() & {"prefetch", "retained"}])
 def test_shared_memory_changes_no_bit(emulator: Emulator, case: Case, dtype: str):
     emulator.sm_count = case.sms
     problem, data = case.problem(dtype), draw(case, dtype)

@@ -26,22 +26,23 @@ class Corner:
 
     problem: Problem
     small: Problem
-    bundles: bool = False
+    wide: str = ""  # "bundles" or "unaligned": slots of 16 bytes that do not tile a plane
 
     def plan(self, emulator: Emulator, which: Pass) -> tuple[Plan, Plan]:
         small = self.small
         plan = emulator.plan(which, small)
-        slot_bytes = 16 if self.bundles else plan.slot_bytes
+        slot_bytes = 16 if self.wide else plan.slot_bytes
         columns = small.channels // (slot_bytes // ITEM_SIZE[small.dtype]) or 1
-        columns = small.spatial if self.bundles else columns
+        columns = small.spatial if self.wide == "bundles" else columns
         if which != Pass.INFERENCE:
             choice = {"slot_bytes": slot_bytes, "columns": columns}
             choice["slots"] = slots_per_thread(which, slot_bytes)
             plan = emulator.cut(which, small, threads=256, team=1, **choice)
-        elif self.bundles:
+        elif self.wide:
             plan = emulator.plan_blocks(which, small, slot_bytes, columns)
-        slabs = self.problem.channels // small.channels
-        assert plan.slabs == 1 and slabs * small.channels == self.problem.channels
+        assert plan.slabs == (small.channels if self.wide == "unaligned" else 1)
+        assert self.problem.channels % small.channels == 0
+        slabs = self.problem.channels // small.channels * plan.slabs
         return replace(plan, slabs=slabs, teams=slabs), plan
 
     def view(self, x: np.ndarray) -> np.ndarray:
@@ -58,17 +59,23 @@ CORNERS = [
     ),
     Corner(Problem(3, 2**24, 173, FIRST, "float16"), Problem(3, 1, 173, FIRST, "float16")),
     Corner(Problem(9, 2**26, 8, LAST, "float16"), Problem(9, 128, 8, LAST, "float16")),
-    Corner(Problem(9, 2**24, 49, FIRST, "float16"), Problem(9, 8, 49, FIRST, "float16"), True),
+    Corner(Problem(9, 2**24, 49, FIRST, "float16"), Problem(9, 8, 49, FIRST, "float16"), "bundles"),
+    # Which lane a channel begins in hangs on its number modulo 8.
+    Corner(
+        Problem(3, 2**22, 361, FIRST, "float16"), Problem(3, 8, 361, FIRST, "float16"), "unaligned"
+    ),
 ]
 
 
 @pytest.mark.parametrize("which", Pass, ids=lambda which: which.name.lower())
 @pytest.mark.parametrize(
-    "corner", CORNERS, ids=["long planes", "many channels", "long rows", "bundles"]
+    "corner",
+    CORNERS,
+    ids=["long planes", "many channels", "long rows", "bundles", "unaligned"],
 )
 def test_more_than_two_to_the_32_elements(emulator: Emulator, corner: Corner, which: Pass):
-    """Only the last block runs. What it makes of its channels is what it makes of them alone, bit
-    for bit."""
+    """Only the last blocks run. What they make of their channels is what they make of them alone,
+    bit for bit."""
     problem, small = corner.problem, corner.small
     assert np.prod(problem.shape) > 2**32
     emulator.sm_count, emulator.schedule = 4, SCHEDULES[0]
@@ -116,7 +123,8 @@ def test_more_than_two_to_the_32_elements(emulator: Emulator, corner: Corner, wh
     pointers = (ctypes.c_void_p * len(arrays))(
         *(None if a is None else a.ctypes.data for a in arrays)
     )
-    emulator.library.simt_select_blocks(plan.blocks - plan.team, plan.team)
+    blocks = small_plan.blocks
+    emulator.library.simt_select_blocks(plan.blocks - blocks, blocks)
     try:
         assert function(problem.fields(), plan.fields(), pointers, *rest) == 0
     finally:

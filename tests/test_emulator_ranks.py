@@ -18,6 +18,7 @@ from launches import (
     draw,
     epsilon,
     half_ulp,
+    launches_of,
     over_schedules,
     plan_for,
     plan_for_project,
@@ -28,8 +29,7 @@ from simt.emulator import CUMULATIVE, DTYPES, Emulator, Pass, replace
 STATE = ("weight", "bias", "running_mean", "running_std")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@launches_of(CASES)
 def test_one_rank_computes_what_the_ordinary_kernels_compute(emulator, case: Case, dtype: str):
     """To the last bit, but that the mean comes as one double: the same sums in the same order, cut
     where the other ranks come in."""
@@ -215,8 +215,7 @@ def test_nothing_from_anybody_moves_nothing(emulator, dtype: str, skip: bool):
     assert got["num_batches_tracked"] == 3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", STATE_CASES, ids=str)
+@launches_of(STATE_CASES)
 def test_the_ranks_together_are_one_process(emulator, case: Case, dtype: str):
     """All four kernels, with the two exchanges between them: y and dx of the whole batch."""
     case = replace(case, n=sum(RANKS))

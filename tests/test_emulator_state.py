@@ -13,6 +13,7 @@ from launches import (
     check_forward,
     draw,
     expected_forward,
+    launches_of,
     over_schedules,
     plan_for,
 )
@@ -93,8 +94,7 @@ def test_cumulative_average(emulator: Emulator, case: Case, step: int):
         np.testing.assert_allclose(got["running_mean"], want["mean"], rtol=1e-5)
 
 
-@state
-@pytest.mark.parametrize("dtype", DTYPES)
+@launches_of(STATE_CASES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
 def test_a_nonfinite_value_stays_in_its_channel(
     emulator: Emulator, case: Case, dtype: str, value: float
@@ -102,7 +102,7 @@ def test_a_nonfinite_value_stays_in_its_channel(
     data = draw(case, dtype)
     tensors = {k: data[k] for k in ("weight", "bias", "running_mean", "running_std")}
     clean = train(emulator, case, data, dtype, num_batches_tracked=3, **tensors)
-    data["x"][case.n - 1, 1, case.s - 1] = value
+    data["x"][0, 1, 0] = data["x"][case.n - 1, 1, case.s - 1] = value  # beside others'
     got = over_schedules(
         emulator, lambda: train(emulator, case, data, dtype, num_batches_tracked=3, **tensors)
     )
@@ -147,8 +147,7 @@ def test_skip_nonfinite_takes_a_finite_batch(emulator: Emulator, case: Case, mis
     assert bits(got) == bits(plain)
 
 
-@state
-@pytest.mark.parametrize("dtype", DTYPES)
+@launches_of(STATE_CASES)
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
 def test_a_constant_channel_is_finite(
@@ -190,19 +189,21 @@ def test_outliers_where_a_thread_begins(emulator: Emulator, layout: Layout, dtyp
     check_forward(problem, got, want, weight=None, bias=None)
 
 
-@state
+@launches_of(STATE_CASES)
 @pytest.mark.parametrize("where", ["x", "dy"])
-def test_backward_keeps_a_nan_in_its_channel(emulator: Emulator, case: Case, where: str):
+def test_backward_keeps_a_nan_in_its_channel(
+    emulator: Emulator, case: Case, dtype: str, where: str
+):
     emulator.sm_count = case.sms
-    problem, data = case.problem("float32"), draw(case, "float32")
+    problem, data = case.problem(dtype), draw(case, dtype)
     plan = plan_for(emulator, Pass.BACKWARD, problem, case.choice)
-    stats = np.random.default_rng(1).uniform(0.5, 1.5, (5, case.c)).astype(np.float32)
+    stats = np.random.default_rng(1).uniform(0.5, 1.5, (5, case.c)).astype(problem.real)
 
     def backward():
         return emulator.backward(problem, data["dy"], data["x"], stats=stats, plan=plan)
 
     clean = backward()
-    data[where][case.n - 1, 1, case.s - 1] = np.nan
+    data[where][0, 1, 0] = data[where][case.n - 1, 1, case.s - 1] = np.nan  # beside others'
     got = over_schedules(emulator, backward)
     others = np.arange(case.c) != 1
     assert np.isnan(got["dx"][:, 1]).all() and np.isnan(got["dweight"][1])

@@ -49,7 +49,8 @@ def test_every_shape_of_every_suite_has_a_plan_that_fits(device_like):
         size = ITEM_SIZE[row.dtype]
         pixels = row.tensor_bytes // size // batch // channels
         side_by_side = pixels * row.slab_channels if row.layout == "nchw" else channels
-        assert side_by_side * size % row.slot_bytes == 0, row
+        over_the_ends = size == 2 and channels % 8 == 0 and row.layout == "nchw"
+        assert side_by_side * size % row.slot_bytes == 0 or over_the_ends, row
         assert row.slabs * row.slab_channels >= channels, row
         assert row.waves * row.teams >= row.slabs, row
         if row.op != "inference" and row.team > 1:

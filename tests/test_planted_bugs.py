@@ -71,6 +71,44 @@ BUGS = [
         kernel="backward",
     ),
     Bug(
+        "lanes behind a plane counted to it",
+        "kernels/slab.cuh",
+        "left < Slot::kLanes ? (1u << left) - 1 : kAll;",
+        "left > 0 ? kAll : 0u;",
+    ),
+    Bug(
+        "lanes in front of a plane counted to it, backward",
+        "kernels/slab.cuh",
+        "plane_left == slots ? here >> before << before : here;",
+        "here;",
+        kernel="backward",
+    ),
+    Bug(
+        "lanes of a neighbour summed, backward",
+        "kernels/unaligned.cuh",
+        "slot.gx[0] += counts ? dy[i] * (x[i] - centre) : Real(0);",
+        "slot.gx[0] += dy[i] * (x[i] - centre);",
+        kernel="backward",
+    ),
+    Bug(
+        "a slot stored over a neighbour's elements",
+        "kernels/tile.cuh",
+        "if (lanes != cover.kAll) {",
+        "if (lanes == 0) {",
+    ),
+    Bug(
+        "blocks of an unaligned team counted as if their slots were full",
+        "kernels/moments.cuh",
+        "sums.add(count, mean - first, m2);",
+        "sums.add(r + 1 < plan.team ? each : last, mean - first, m2);",
+    ),
+    Bug(
+        "a channel said to begin where its tensor's first does",
+        "kernels/slab.cuh",
+        "static_cast<int>(first % kLanes);",
+        "static_cast<int>(first % 1u);",
+    ),
+    Bug(
         "moving statistics read after the team has met",
         "kernels/forward.cu",
         "const ChannelState<Real> state = states[own];",
@@ -217,16 +255,16 @@ BUGS = [
     Bug(
         "late partial result",
         "kernels/moments.cuh",
-        "  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);\n",
-        "  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);\n"
-        "  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);\n",
+        "plan.team, walk.rank(), meanwhile);\n",
+        "plan.team, walk.rank(), meanwhile);\n"
+        "  if (thread < channels) partials.publish(walk.rank(), thread, mine.mean, mine.m2);\n",
         # The early one goes, see below.
     ),
     Bug(
         "unmasked store",
         "kernels/forward.cu",
-        "if (v < slots) Slot::store(to, value);",
-        "if (slots > 0) Slot::store(to, value);",
+        "if (v < slots) store_slot",
+        "if (slots > 0) store_slot",
     ),
     Bug(
         "store beyond the last channel",
@@ -547,7 +585,7 @@ ALSO = {
     ),
     "late partial result": (
         "kernels/moments.cuh",
-        "  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);\n"
+        "  if (thread < channels) partials.publish(walk.rank(), thread, mine.mean, mine.m2);\n"
         "  team_barrier(",
         "  team_barrier(",
     ),

@@ -57,7 +57,7 @@ def code(request) -> dict[tuple[str, str, int], tuple[list[Block], int]]:
         slot_bytes = int(name["slot"])
         tile = tile_of(request.param, slot_bytes, blocks)
         found[DTYPES[name["dtype"]], layout, slot_bytes] = blocks, tile
-    assert len(found) == 2 * (2 + 3 + 4 + 4) + 3
+    assert len(found) == 2 * (2 + 3 + 4 + 4) + 3 + 2
     return found
 
 
@@ -87,6 +87,8 @@ def test_the_limits_of_the_step_are_computed_beside_the_tile(code):
         ("backward", "channels_last", 8),
         ("forward", "bundles", 9),
         ("backward", "bundles", 8),
+        ("forward", "unaligned", 16),
+        ("backward", "unaligned", 12),
     ],
     indirect=["code"],
 )

@@ -9,6 +9,7 @@ import torch
 from ..suites import RESNET50
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 TRAINING_DTYPES = (torch.float32, torch.bfloat16)  # of the cases that are there for their size
 
 
@@ -316,6 +317,14 @@ VALUES = [
         poke="nan",
         dtypes=TRAINING_DTYPES,
     ),
+    Case(
+        "NaN beside unaligned planes",
+        (16, 16, 19, 19),
+        "nor those whose first and last elements are in its slots",
+        large=(64, 256, 19, 19),
+        poke="nan",
+        dtypes=HALF_DTYPES,
+    ),
     Case("eps = 0", (8, 12, 6, 6), "legal where no channel is constant", eps=0.0),
     Case(
         "eps = 1e-3",
@@ -495,6 +504,14 @@ INFERENCE = [
         "planes of which several together are whole vectors",
         training=False,
     ),
+    Case(
+        "inference, unaligned",
+        (16, 16, 19, 19),
+        "nothing is written beside a plane that begins and ends inside a vector",
+        large=(64, 256, 19, 19),
+        training=False,
+        dtypes=HALF_DTYPES,
+    ),
     Case("inference, misaligned", (4, 16, 8, 8), "nor here", training=False, form="misaligned"),
 ]
 
@@ -569,6 +586,20 @@ SIZES = [
         large=(256, 2048, 7, 7),
         mean=1e3,
         dtypes=(torch.float32,),
+    ),
+    Case(
+        "unaligned",
+        (16, 16, 19, 19),
+        "a Go board: wide loads and stores that begin and end in other channels; a team each",
+        large=(256, 256, 19, 19),
+        dtypes=HALF_DTYPES,
+    ),
+    Case(
+        "unaligned, a block each",
+        (20, 16, 13, 27),
+        "with several rounds, and empty slots at the end of some planes",
+        large=(2, 256, 65, 131),
+        dtypes=HALF_DTYPES,
     ),
     Case(
         "volumes",

@@ -147,6 +147,8 @@ void define(py::module_& m) {
                              [](const LaunchPlan& l) { return l.plan.positions_per_round(); })
       .def_property_readonly(
           "bundles", [](const LaunchPlan& l) { return l.problem.layout == Layout::kBundles; })
+      .def_property_readonly(
+          "unaligned", [](const LaunchPlan& l) { return l.problem.layout == Layout::kUnaligned; })
       .def_property_readonly("lanes", [](const LaunchPlan& l) { return lanes(l.problem, l.plan); })
       .def_property_readonly("slab_channels",
                              [](const LaunchPlan& l) { return slab_channels(l.problem, l.plan); })

@@ -1,21 +1,25 @@
 // How a problem is cut into blocks: pure functions of sizes, so that the whole decision can be read
 // from Python and tested for every shape on a machine without a GPU.
 //
-// A slab is what is reduced together: one channel (kChannelsFirst), a stripe of neighbouring
-// channels (kChannelsLast) or a bundle of them (kBundles). A team of blocks owns a slab at a time
-// and keeps it in registers, and in shared memory what they do not hold, between the statistics and
-// the normalisation, so that x is read from memory once. Inside a slab, data lies at positions; a
-// thread moves one slot, 16 bytes where it can, at one. With lanes = elements of a slot:
+// A slab is what is reduced together: one channel (kChannelsFirst, kUnaligned), a stripe of
+// neighbouring channels (kChannelsLast) or a bundle of them (kBundles). A team of blocks owns a
+// slab at a time and keeps it in registers, and in shared memory what they do not hold, between the
+// statistics and the normalisation, so that x is read from memory once. Inside a slab, data lies at
+// positions; a thread moves one slot, 16 bytes where it can, at one. With lanes = elements of a
+// slot:
 //
 //   kChannelsFirst   position = slot in the channel, N * S / lanes of them
 //   kChannelsLast    position = row of the [N*S][C] matrix; `columns` slots side by side, lanes *
 //                    columns channels wide
+//   kUnaligned       position = slot that meets the channel, N * (S / lanes and a little) of them
 //   kBundles         position = image, row of the [N][C*S] matrix; `columns` = S slots side by
 //                    side, lanes channels wide
 //
-// Bundles are for planes that are no whole slots, 7 x 7 of two bytes first of all. As many planes
-// side by side as a slot has lanes are whole slots, whatever S is, and where S is at least as large
-// a slot meets two channels at most.
+// The last two are for planes that are no whole slots: 7 x 7 of two bytes, 19 x 19, 65 x 129. As
+// many planes side by side as a slot has lanes are whole slots, whatever S is, and where S is at
+// least as large a slot meets two channels at most: bundles, while a block covers one. Larger
+// planes go channel by channel in slots of which the first and the last are partly a neighbour's:
+// those lanes do not count, and are not written.
 #pragma once
 
 #include "divisor.h"
@@ -49,7 +53,7 @@ constexpr int kMaxSlabChannels = 128;
 // be right, not to be fast.
 BRN_HD constexpr int blocks_per_sm(Layout layout, int element_bytes) {
   if (element_bytes == 8) return 1;
-  return layout == Layout::kChannelsFirst ? 3 : 2;
+  return by_channel(layout) ? 3 : 2;
 }
 
 constexpr std::int64_t resident_blocks(const Problem& p, int sm_count) {
@@ -136,7 +140,9 @@ constexpr int lanes(const Problem& p, const Plan& plan) {
 
 // How the plan sees the problem.
 constexpr Layout layout_of(const Problem& p, const Plan& plan) {
-  return p.layout == Layout::kChannelsFirst && plan.columns > 1 ? Layout::kBundles : p.layout;
+  if (p.layout != Layout::kChannelsFirst) return p.layout;
+  if (plan.columns > 1) return Layout::kBundles;
+  return p.spatial % lanes(p, plan) == 0 ? Layout::kChannelsFirst : Layout::kUnaligned;
 }
 constexpr Problem as_planned(Problem p, const Plan& plan) {
   p.layout = layout_of(p, plan);
@@ -145,24 +151,33 @@ constexpr Problem as_planned(Problem p, const Plan& plan) {
 
 constexpr int slab_channels(const Problem& p, const Plan& plan) {
   switch (layout_of(p, plan)) {
-    case Layout::kChannelsFirst: return 1;
+    case Layout::kChannelsFirst:
+    case Layout::kUnaligned: return 1;
     case Layout::kBundles: return lanes(p, plan);
     default: return plan.columns * lanes(p, plan);
   }
 }
 
+// Slots of a channel's plane; in kUnaligned, where that depends on the lane it begins in, at most.
+constexpr std::int64_t plane_slots(const Problem& p, const Plan& plan) {
+  const int lanes = brn::lanes(p, plan);
+  return (p.spatial + (layout_of(p, plan) == Layout::kUnaligned ? 2 * lanes - 2 : 0)) / lanes;
+}
+
 constexpr std::int64_t positions(const Problem& p, const Plan& plan) {
   switch (layout_of(p, plan)) {
-    case Layout::kChannelsFirst: return p.reduced() / lanes(p, plan);
+    case Layout::kChannelsFirst:
+    case Layout::kUnaligned: return p.batch * plane_slots(p, plan);
     case Layout::kBundles: return p.batch;
     default: return p.reduced();
   }
 }
 
-// Elements of a channel at a position.
+// Elements of a channel at a position; in kUnaligned at most.
 constexpr int values_per_position(const Problem& p, const Plan& plan) {
   switch (layout_of(p, plan)) {
-    case Layout::kChannelsFirst: return lanes(p, plan);
+    case Layout::kChannelsFirst:
+    case Layout::kUnaligned: return lanes(p, plan);
     case Layout::kBundles: return static_cast<int>(p.spatial);
     default: return 1;
   }
@@ -173,6 +188,9 @@ constexpr std::int64_t kMostInt = 0x7fffffff;
 // Positions that a block owns, at most, so that they are counted in 32 bits, a round beyond their
 // end included. A slab with more for each resident block has over 2^38 slots on an H200.
 constexpr std::int64_t kMostShare = std::int64_t{1} << 30;
+
+// Elements of a plane in kUnaligned, at most: its lanes are counted in 32 bits.
+constexpr std::int64_t kMostUnaligned = std::int64_t{1} << 30;
 
 // Channels, at most: blocks count slabs in 32 bits, a wave beyond the last one included.
 constexpr std::int64_t kMostChannels = std::int64_t{1} << 30;
@@ -190,6 +208,7 @@ struct Stride {
   int pass = 0;                // positions that a block covers at once
   int share = 0;               // positions that a block owns, the last of a team maybe fewer
   int values = 1;              // elements of a channel at a position
+  int beyond = 0;              // kUnaligned: lanes of a plane's slots without an element of it
   std::int64_t positions = 0;  // of a slab
   Divisor by_plane;
   Divisor by_pass;  // kBundles; elsewhere it is a power of two
@@ -215,14 +234,16 @@ constexpr Stride stride(const Problem& p, const Plan& plan) {
     s.step = s.pass * p.channels * p.spatial * size_of(p.dtype);
     return s;
   }
-  s.plane = p.spatial / lanes(p, plan);
+  s.plane = plane_slots(p, plan);
+  if (layout == Layout::kUnaligned)
+    s.beyond = static_cast<int>(s.plane * lanes(p, plan) - p.spatial);
   s.plane_slots = static_cast<int>(s.plane < kMostInt ? s.plane : kMostInt);
   s.by_plane = Divisor(s.plane);
   const std::int64_t planes = s.pass / s.plane;
   s.plane_step = static_cast<int>(s.pass - planes * s.plane);
   s.step = planes * p.channels * p.spatial * size_of(p.dtype) +
            std::int64_t{s.plane_step} * plan.slot_bytes;
-  s.leap = s.step + (p.channels - 1) * p.spatial * size_of(p.dtype);
+  s.leap = s.step + p.channels * p.spatial * size_of(p.dtype) - s.plane * plan.slot_bytes;
   return s;
 }
 
@@ -261,9 +282,9 @@ constexpr int kBundleRecords = 2 * kMaxThreads;
 // is known of each channel of the slab, 8 x 3 + 9 statistics, and a few words. A bundle has 8
 // channels at most, and records of its threads beside.
 constexpr int static_shared_bytes(const Problem& p) {
-  const int channels = p.layout == Layout::kChannelsFirst ? 1
-                       : p.layout == Layout::kBundles     ? 8
-                                                          : kMaxSlabChannels;
+  const int channels = by_channel(p.layout)           ? 1
+                       : p.layout == Layout::kBundles ? 8
+                                                      : kMaxSlabChannels;
   const int more = p.layout == Layout::kBundles ? 3 * kBundleRecords : 0;
   return (channels * (kMaxThreads / kWarp * 3 + 9) + more) * size_of_statistic(p.dtype) + 96;
 }
@@ -385,8 +406,14 @@ constexpr double estimate(const Problem& p, const Plan& plan, const Device& devi
   double speed = busy * kCopyOfOneSm < chip ? busy * kCopyOfOneSm : chip;
   // DRAM is filled in half-lines: 32-byte pieces reach half the bandwidth, 64-byte pieces 0.93 of
   // it.
-  const int width = p.layout == Layout::kChannelsFirst ? 256 : plan.columns * plan.slot_bytes;
+  const int width = by_channel(p.layout) ? 256 : plan.columns * plan.slot_bytes;
   if (p.layout == Layout::kChannelsFirst) speed *= narrow_speed(plan.slot_bytes);
+  // A plane's ends lie in 32 bytes that a neighbour's block asks for too: 30 bytes a plane on
+  // average.
+  if (p.layout == Layout::kUnaligned) {
+    const double plane = static_cast<double>(p.spatial) * size_of(p.dtype);
+    speed *= plane / (plane + 30.0);
+  }
   speed *= width >= 256   ? 0.98
            : width >= 128 ? 0.95
            : width >= 64  ? 0.91
@@ -527,29 +554,56 @@ constexpr bool can_bundle(const Problem& p) {
          p.spatial <= kMaxThreads && kMaxThreads / p.spatial * p.spatial >= kMaxThreads * 3 / 4;
 }
 
-// Bundles if they promise to be `gain` times as fast and blocks for three quarters of the chip, or
-// channel by channel: there are more of those to go round, and how much slower their narrow slots
-// are is an estimate too.
-constexpr Plan bundles_if_faster(const Problem& p, const Device& device, Pass pass,
-                                 const Plan& single, const Plan& bundles, double gain) {
-  if (bundles.blocks() * 4 < std::int64_t{device.sm_count} * 3) return single;
-  const double time = estimate(as_planned(p, bundles), bundles, device, pass);
-  return time * gain < estimate(p, single, device, pass) ? bundles : single;
+// Whether its channels can go one by one in slots of 16 bytes all the same. Those of all images
+// then begin in the same lane, and the last slot ends where the tensor does. It takes some 13 and
+// 19 instructions an element, forward and back, where slots of two bytes take 29 and 36 (SASS,
+// sm_90). Of two-byte elements only: what slots of four bytes lose is not worth a kernel
+// (narrow_speed).
+constexpr bool can_unalign(const Problem& p) {
+  return p.layout == Layout::kChannelsFirst && size_of(p.dtype) == 2 && widest_slot(p) <= 4 &&
+         p.alignment % 16 == 0 && p.channels % 8 == 0 && p.spatial <= kMostUnaligned;
 }
 
-constexpr Plan plan_planes(const Problem& p, const Device& device, Pass pass) {
-  const Plan single = plan_width(p, device, pass, widest_slot(p), 1);
-  if (!can_bundle(p)) return single;
+// Bundles have to leave blocks for three quarters of the chip: channel by channel there are more of
+// those to go round.
+constexpr bool fills(const Device& device, const Plan& bundles) {
+  return bundles.blocks() * 4 >= std::int64_t{device.sm_count} * 3;
+}
+
+// The best of the ways to take planes, of which make(problem, slot bytes, columns) plans one. Wide
+// slots in planes that they do not tile have to promise to be `gain` times as fast as narrow ones,
+// since how much slower those are is an estimate too.
+template <typename Make>
+constexpr Plan plan_planes(const Problem& p, const Device& device, Pass pass, double gain,
+                           Make make) {
+  Plan best = make(p, widest_slot(p), 1);
+  double least = estimate(p, best, device, pass) / gain;
   Problem q = p;
-  q.layout = Layout::kBundles;
-  const Plan bundles = plan_width(q, device, pass, 16, static_cast<int>(p.spatial));
-  return bundles_if_faster(p, device, pass, single, bundles, 1.1);
+  if (can_bundle(p)) {
+    q.layout = Layout::kBundles;
+    const Plan bundles = make(q, 16, static_cast<int>(p.spatial));
+    const double time = estimate(q, bundles, device, pass);
+    if (time < least && fills(device, bundles)) {
+      best = bundles;
+      least = time;
+    }
+  }
+  if (can_unalign(p)) {
+    q.layout = Layout::kUnaligned;
+    const Plan unaligned = make(q, 16, 1);
+    if (estimate(q, unaligned, device, pass) < least) best = unaligned;
+  }
+  return best;
 }
 
 constexpr Plan plan_team(const Problem& p, const Device& device, Pass pass) {
-  const int slot_bytes = widest_slot(p);
-  if (p.layout == Layout::kChannelsFirst) return plan_planes(p, device, pass);
+  if (p.layout == Layout::kChannelsFirst) {
+    return plan_planes(p, device, pass, 1.1, [&](const Problem& q, int slot_bytes, int columns) {
+      return plan_width(q, device, pass, slot_bytes, columns);
+    });
+  }
 
+  const int slot_bytes = widest_slot(p);
   const int lanes = slot_bytes / size_of(p.dtype);
   Plan best;
   double best_time = 0.0;
@@ -591,18 +645,18 @@ constexpr Plan plan_blocks(const Problem& p, Pass slots, int slot_bytes, int col
 }
 
 constexpr Plan plan_elementwise(const Problem& p, const Device& device, Pass slots) {
+  if (p.layout == Layout::kChannelsFirst) {
+    return plan_planes(p, device, Pass::kInference, 1.05,
+                       [&](const Problem& q, int slot_bytes, int columns) {
+                         return plan_blocks(q, slots, slot_bytes, columns);
+                       });
+  }
   const int slot_bytes = widest_slot(p);
   const int lanes = slot_bytes / size_of(p.dtype);
   int columns = 1;
-  if (p.layout == Layout::kChannelsLast) {
-    while (columns < kWarp && columns * lanes < p.channels &&
-           columns * 2 * lanes <= kMaxSlabChannels)
-      columns *= 2;
-  }
-  const Plan plan = plan_blocks(p, slots, slot_bytes, columns);
-  if (!can_bundle(p)) return plan;
-  const Plan bundles = plan_blocks(p, slots, 16, static_cast<int>(p.spatial));
-  return bundles_if_faster(p, device, Pass::kInference, plan, bundles, 1.05);
+  while (columns < kWarp && columns * lanes < p.channels && columns * 2 * lanes <= kMaxSlabChannels)
+    columns *= 2;
+  return plan_blocks(p, slots, slot_bytes, columns);
 }
 
 constexpr Plan plan_inference(const Problem& p, const Device& device) {

@@ -10,8 +10,13 @@ namespace brn {
 enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
 // kChannelsFirst is [N][C][S] (contiguous NCHW, NCDHW); kChannelsLast is [N*S][C] (NHWC, NDHWC, any
-// 2-D input). kBundles is how a plan may see kChannelsFirst: see core/plan.h.
-enum class Layout : std::uint8_t { kChannelsFirst, kChannelsLast, kBundles };
+// 2-D input). kBundles and kUnaligned are how a plan may see kChannelsFirst: see core/plan.h.
+enum class Layout : std::uint8_t { kChannelsFirst, kChannelsLast, kBundles, kUnaligned };
+
+// Whether a slab is one channel.
+BRN_HD constexpr bool by_channel(Layout layout) {
+  return layout == Layout::kChannelsFirst || layout == Layout::kUnaligned;
+}
 
 struct Problem {
   std::int64_t batch = 0;     // N

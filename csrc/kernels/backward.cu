@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int there = walk.channels(p, channel0);
+    const Cover<Slot, kLayout> cover = walk.cover(p, channel0);
     const bool finishes = thread < there;  // a channel, once its sums are known
     Real centre[kChannels];
     const Owned<kLayout> all = walk.owned(p, channel0);
@@ -110,15 +111,15 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       Cursor cursor = walk.begin(p, channel0, piece);
       const bool retained = plan.retains(round);
       if (round + 1 < plan.rounds && !retained) {
-        load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, slots, cursor, walk);
+        load_tiles<Slot, Reuse::kAgain>(x_tile, x, dy_tile, dy, slots, cursor, walk, cover);
       } else if (fetched) {
         Next::take(slots, x_tile, dy_tile);
       } else {
-        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk, cover);
       }
       if (retained) Kept::keep(plan.retained_place(round), x_tile, dy_tile);
       if (round == 0 && !fetched) read_state();
-      sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
+      sums.merge(piece_sums<Slot, kLayout>(x_tile, dy_tile, slots, cursor, walk, cover, centre));
     }
 
     const auto fetch_next = [&] {
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       if (plan.retains(round)) {
         Kept::take(plan.retained_place(round), x_tile, dy_tile);
       } else if (round + 1 < plan.rounds) {
-        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk, cover);
       }
       char* to = at(dx, cursor);
 #pragma unroll
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
           const int k = channel_of<kLayout>(i);
           value[i] = apply(projected[k], g[i], value[i] - centre[k]);
         }
-        if (v < slots) Slot::store(to, value);
+        if (v < slots) store_slot<Slot>(to, value, cursor.plane_left, cover);
         to += walk.advance(cursor.plane_left);
       }
     }

@@ -39,11 +39,12 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   T* const dx = static_cast<T*>(params.dx);
 
   const int slots = walk.slots(0);
+  const Cover<Slot, kLayout> cover = walk.cover(p, channel0);
   const Cursor first = walk.begin(p, channel0, 0);
   Cursor cursor = first;
   typename Slot::Bits x_tile[kSlots];
   typename Slot::Bits dy_tile[kSlots];
-  load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
+  load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk, cover);
 
   Real centre[kChannels];
   Projection<Real> projected[kChannels];
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       const int k = channel_of<kLayout>(i);
       value[i] = apply(projected[k], g[i], value[i] - centre[k]);
     }
-    if (v < slots) Slot::store(to, value);
+    if (v < slots) store_slot<Slot>(to, value, cursor.plane_left, cover);
     to += walk.advance(cursor.plane_left);
   }
 }

@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int there = walk.channels(p, channel0);
+    const Cover<Slot, kLayout> cover = walk.cover(p, channel0);
     Real centre[kChannels];
     const Owned<kLayout> all = walk.owned(p, channel0);
 #pragma unroll
@@ -49,9 +50,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       if (kPrefetches<Slot> && plan.prefetch && slab >= plan.teams) {
         Next::take(slots, x_tile, dy_tile);
       } else {
-        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk);
+        load_tiles<Slot, Reuse::kOnce>(x_tile, x, dy_tile, dy, slots, cursor, walk, cover);
       }
-      sums.merge(tile_sums<Slot, kLayout>(x_tile, dy_tile, centre));
+      sums.merge(piece_sums<Slot, kLayout>(x_tile, dy_tile, slots, cursor, walk, cover, centre));
     }
 
     const auto fetch_next = [&] {

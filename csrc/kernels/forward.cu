@@ -130,6 +130,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int there = walk.channels(p, channel0);
+    const Cover<Slot, kLayout> cover = walk.cover(p, channel0);
     const bool finishes = thread < there;  // a channel, once its moments are known
 
     Pivots<Slot, kLayout> coming;
@@ -152,11 +153,11 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
       Cursor cursor = walk.begin(p, channel0, piece);
       const bool retained = plan.retains(round);
       if (round + 1 < plan.rounds && !retained) {
-        load_tile<Slot, Reuse::kAgain>(tile, x, slots, cursor, walk);
+        load_tile<Slot, Reuse::kAgain>(tile, x, slots, cursor, walk, cover);
       } else if (fetched) {
         Next::take(slots, tile);
       } else {
-        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
+        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk, cover);
       }
       if (round == 0) {
         // Beside the tile's way from memory. By the last thread: the first ones wait for states.
@@ -168,7 +169,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         if (!fetched) read_state();
       }
       if (retained) Kept::keep(plan.retained_place(round), tile);
-      const MomentsOf<Real, kChannels> more = tile_moments<Slot, kLayout>(tile, slots, pivot);
+      const MomentsOf<Real, kChannels> more =
+          piece_moments<Slot, kLayout>(tile, slots, cursor, walk, cover, pivot);
       if (round == 0) {
         moments = more;
       } else {
@@ -195,8 +197,8 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
         Pivots<Slot, kLayout>::expect(x + walk.first_element(p, next0), p, plan);
         if (thread < walk.channels(p, next0)) expect_state<Real>(params, next0 + own);
       };
-      total = team_moments<Slot, kLayout>(total.moments, plan, stride, channels, walk.team(),
-                                          walk.rank(), parity, workspace, records, fetch_next);
+      total = team_moments<Slot, kLayout>(total.moments, p, plan, stride, channel0, walk, parity,
+                                          workspace, records, fetch_next);
     }
     if (finishes) {
       int c = channel0 + own;
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
       if (plan.retains(round)) {
         Kept::take(plan.retained_place(round), tile);
       } else if (round + 1 < plan.rounds) {
-        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
+        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk, cover);
       }
       char* to = at(y, cursor);
 #pragma unroll
@@ -235,7 +237,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kBlocks<T, kLayout, kSlotBytes>)
 #pragma unroll
         for (int i = 0; i < Slot::kLanes; ++i)
           value[i] = apply(affine[channel_of<kLayout>(i)], value[i]);
-        if (v < slots) Slot::store(to, value);
+        if (v < slots) store_slot<Slot>(to, value, cursor.plane_left, cover);
         to += walk.advance(cursor.plane_left);
       }
     }

@@ -42,10 +42,11 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   T* const y = static_cast<T*>(params.y);
 
   const int slots = walk.slots(0);
+  const Cover<Slot, kLayout> cover = walk.cover(p, channel0);
   const Cursor first = walk.begin(p, channel0, 0);
   Cursor cursor = first;
   typename Slot::Bits tile[kSlots];
-  load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
+  load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk, cover);
 
   Affine<Real> affine[kChannels];
   walk.owned(p, channel0).each(affine, [&](int c) { return affine_of<Real>(params, p, c); });
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
 #pragma unroll
     for (int i = 0; i < Slot::kLanes; ++i)
       value[i] = apply(affine[channel_of<kLayout>(i)], value[i]);
-    if (v < slots) Slot::store(to, value);
+    if (v < slots) store_slot<Slot>(to, value, cursor.plane_left, cover);
     to += walk.advance(cursor.plane_left);
   }
 }

@@ -60,6 +60,17 @@ cudaError_t dispatch_bundles(DType dtype, Run run) {
   return cudaErrorInvalidValue;
 }
 
+template <typename Run>
+cudaError_t dispatch_unaligned(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::kFloat16: return run(Variant<__half, Layout::kUnaligned, 16>{});
+    case DType::kBFloat16: return run(Variant<__nv_bfloat16, Layout::kUnaligned, 16>{});
+    case DType::kFloat32:
+    case DType::kFloat64: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
 // Calls run(Variant{}) with the variant that the plan names.
 template <typename Run>
 cudaError_t dispatch(const Problem& p, const Plan& plan, Run run) {
@@ -70,6 +81,9 @@ cudaError_t dispatch(const Problem& p, const Plan& plan, Run run) {
       return dispatch_dtype<Layout::kChannelsLast>(p.dtype, plan.slot_bytes, run);
     case Layout::kBundles:
       if (plan.slot_bytes == 16) return dispatch_bundles(p.dtype, run);
+      break;
+    case Layout::kUnaligned:
+      if (plan.slot_bytes == 16) return dispatch_unaligned(p.dtype, run);
       break;
   }
   return cudaErrorInvalidValue;

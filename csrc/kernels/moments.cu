@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
   for (int slab = walk.team(); slab < plan.slabs; slab += plan.teams, parity ^= 1) {
     const int channel0 = slab * channels;
     const int there = walk.channels(p, channel0);
+    const Cover<Slot, kLayout> cover = walk.cover(p, channel0);
 
     Pivots<Slot, kLayout> coming;
     coming.load(x + walk.first_element(p, channel0), p, plan);
@@ -49,10 +50,11 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
       if (kPrefetches<Slot> && plan.prefetch && slab >= plan.teams) {
         Next::take(slots, tile);
       } else {
-        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk);
+        load_tile<Slot, Reuse::kOnce>(tile, x, slots, cursor, walk, cover);
       }
       if (round == 0) coming.settle(walk, plan, pivot, pivots);
-      const MomentsOf<Real, kChannels> more = tile_moments<Slot, kLayout>(tile, slots, pivot);
+      const MomentsOf<Real, kChannels> more =
+          piece_moments<Slot, kLayout>(tile, slots, cursor, walk, cover, pivot);
       if (round == 0) {
         moments = more;
       } else {
@@ -68,8 +70,8 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_per_sm(kLayout, sizeof(T))
         Next::fetch(p, next0, walk, x);
         Pivots<Slot, kLayout>::expect(x + walk.first_element(p, next0), p, plan);
       };
-      total = team_moments<Slot, kLayout>(total.moments, plan, stride, channels, walk.team(),
-                                          walk.rank(), parity, workspace, records, fetch_next);
+      total = team_moments<Slot, kLayout>(total.moments, p, plan, stride, channel0, walk, parity,
+                                          workspace, records, fetch_next);
     }
     if (walk.rank() == 0 && thread < there) {
       double* mean = params.message + channel0 + thread;

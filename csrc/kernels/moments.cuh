@@ -6,6 +6,7 @@
 #include "launch.h"
 #include "reduce.cuh"
 #include "tile.cuh"
+#include "unaligned.cuh"
 #include "vector.cuh"
 
 #include <cuda_runtime.h>
@@ -86,17 +87,32 @@ __device__ __forceinline__ MomentsOf<Real, kChannels> tile_moments(
   return moments;
 }
 
+// The moments of the slots that a piece has, from the cursor on.
+template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels>
+__device__ __forceinline__ MomentsOf<Real, kChannels> piece_moments(
+    typename Slot::Bits (&tile)[kSlots], int slots, const Cursor& cursor,
+    const Walk<kLayout, Slot>& walk, const Cover<Slot, kLayout>& cover,
+    const Real (&pivot)[kChannels]) {
+  if constexpr (kLayout == Layout::kUnaligned) {
+    return unaligned_moments<Slot>(tile, CoveredLanes<Slot>(slots, cursor, walk, cover), pivot[0]);
+  } else {
+    return tile_moments<Slot, kLayout>(tile, slots, pivot);
+  }
+}
+
 // What the whole team holds of slab channel c, in thread c. Every block computes it, from the same
 // records in the same order, about the mean of the first. While it waits for them it does
 // `meanwhile`.
 template <typename Slot, Layout kLayout, typename Real, typename Meanwhile>
 __device__ __forceinline__ ExactMoments<Real> team_moments(
-    Moments<Real> mine, const Plan& plan, const Stride& stride, int channels, int team, int rank,
-    int parity, const Workspace& workspace, Moments<Real>* records, Meanwhile meanwhile) {
-  const Partials<Real> partials(workspace, plan, channels, team, parity);
+    Moments<Real> mine, const Problem& p, const Plan& plan, const Stride& stride, int channel0,
+    const Walk<kLayout, Slot>& walk, int parity, const Workspace& workspace, Moments<Real>* records,
+    Meanwhile meanwhile) {
+  const int channels = walk.channels();
+  const Partials<Real> partials(workspace, plan, channels, walk.team(), parity);
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < channels) partials.publish(rank, thread, mine.mean, mine.m2);
-  team_barrier(barrier_line(workspace, team), plan.team, rank, meanwhile);
+  if (thread < channels) partials.publish(walk.rank(), thread, mine.mean, mine.m2);
+  team_barrier(barrier_line(workspace, walk.team()), plan.team, walk.rank(), meanwhile);
 
   const Real first = partials.first();
   const Real each = static_cast<Real>(plan.share * stride.values);
@@ -105,7 +121,12 @@ __device__ __forceinline__ ExactMoments<Real> team_moments(
   RecordSums<Real> sums;
   partials.template for_each<records_ahead(kLayout, Slot::kBytes)>(
       plan, [&](int r, Real mean, Real m2) {
-        sums.add(r + 1 < plan.team ? each : last, mean - first, m2);
+        Real count = r + 1 < plan.team ? each : last;
+        if constexpr (kLayout == Layout::kUnaligned) {
+          count = static_cast<Real>(walk.values_before(p, channel0, r + 1) -
+                                    walk.values_before(p, channel0, r));
+        }
+        sums.add(count, mean - first, m2);
       });
   ExactMoments<Real> total = block_merge(sums.all(), channels, plan.threads, records);
   const TwoSum<Real> mean = two_sum(first, total.moments.mean);

@@ -27,9 +27,9 @@ namespace brn {
 // front of the tile's loads, which then leave a way to memory later (SASS, sm_90).
 template <typename Slot, Layout kLayout>
 class Pivots {
-  static constexpr bool kChannelsFirst = kLayout == Layout::kChannelsFirst;
+  static constexpr bool kByChannel = by_channel(kLayout);
   static constexpr bool kBundles = kLayout == Layout::kBundles;
-  static constexpr int kLoads = kChannelsFirst ? 1 : 2;
+  static constexpr int kLoads = kByChannel ? 1 : 2;
   static constexpr int kLanesOfChannel = kWarp / Slot::kLanes;  // kBundles: of a warp
   static constexpr int kChannels = kThreadChannels<Slot, kLayout>;
   using T = typename Slot::Element;
@@ -66,7 +66,7 @@ class Pivots {
  private:
   __device__ __forceinline__ void settle_own(const Plan& plan, Real (&pivot)[kChannels],
                                              Real* shared) {
-    const int columns = kChannelsFirst ? 1 : plan.columns;
+    const int columns = kByChannel ? 1 : plan.columns;
     const Real share = static_cast<Real>(columns) / Real(kLoads * kWarp);
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) pivot[k] = Real(0);
@@ -115,7 +115,7 @@ class Pivots {
     int thread = static_cast<int>(threadIdx.x);
     compute_here(thread);
     const int lane = thread % kWarp;
-    if constexpr (kChannelsFirst) {
+    if constexpr (kByChannel) {
       const int last = saturated(p.spatial - 1);
       return x + (lane < last ? lane : last);
     } else if constexpr (kBundles) {

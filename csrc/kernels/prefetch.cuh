@@ -83,14 +83,16 @@ class Prefetch {
       int piece = 0;
       compute_here(piece);
       const int slots = walk.in_range(walk.channels(p, channel0)) ? walk.slots(piece) : 0;
+      const Cover<Slot, kLayout> cover = walk.cover(p, channel0);
       Cursor cursor = walk.begin(p, channel0, piece);
       const char* from[] = {at(tensors, cursor)...};
 #pragma unroll
       for (int v = 0; v < kSlots; ++v) {
+        const bool exists = v < slots && cover.any(cursor.plane_left);
         const std::int64_t bytes = walk.advance(cursor.plane_left);
 #pragma unroll
         for (int tensor = 0; tensor < kTensors; ++tensor) {
-          if (v < slots) copy_async<Slot::kBytes>(place(tensor, v), from[tensor]);
+          if (exists) copy_async<Slot::kBytes>(place(tensor, v), from[tensor]);
           from[tensor] += bytes;
         }
       }

@@ -12,14 +12,14 @@
 namespace brn {
 
 // The channels that a thread keeps apart: all elements of a slot belong to one channel, or each is
-// taken to have its own. In kBundles that are lanes of two channels, which bundle.cuh puts
-// together.
+// taken to have its own. In kUnaligned lanes may belong to none: see Cover. In kBundles that are
+// lanes of two channels, which bundle.cuh puts together.
 template <typename Slot, Layout kLayout>
-constexpr int kThreadChannels = kLayout == Layout::kChannelsFirst ? 1 : Slot::kLanes;
+constexpr int kThreadChannels = by_channel(kLayout) ? 1 : Slot::kLanes;
 
 // The channels that a slab has at most.
 template <typename Slot, Layout kLayout>
-constexpr int kMostSlabChannels = kLayout == Layout::kChannelsFirst         ? 1
+constexpr int kMostSlabChannels = by_channel(kLayout)                       ? 1
                                   : kLayout == Layout::kBundles             ? Slot::kLanes
                                   : kWarp * Slot::kLanes < kMaxSlabChannels ? kWarp * Slot::kLanes
                                                                             : kMaxSlabChannels;
@@ -33,7 +33,7 @@ struct Owned {
 
   __device__ __forceinline__ int operator[](int lane) const {
     if constexpr (kLayout == Layout::kBundles) return first + (lane < split ? 0 : 1);
-    return kLayout == Layout::kChannelsFirst ? first : first + lane;
+    return by_channel(kLayout) ? first : first + lane;
   }
 
   // Gives each lane's channel what f(channel) is; in kBundles after two calls, not one a lane, but
@@ -60,7 +60,34 @@ __device__ __forceinline__ int saturated(std::int64_t n) {
 // no round reaches the plane's end.
 struct Cursor {
   std::int64_t offset;  // its first byte, counted from the tensor's
-  int plane_left;       // kChannelsFirst: slots to the end of the plane, this one included
+  int plane_left;       // by_channel(): slots to the end of the plane, this one included
+};
+
+// Which elements of a thread's slots are of its slab: all.
+template <typename Slot, Layout kLayout>
+struct Cover {
+  __device__ __forceinline__ static constexpr bool any(int) { return true; }
+};
+
+// All but those of the channels before and behind, in the first and the last slots of a plane.
+template <typename Slot>
+struct Cover<Slot, Layout::kUnaligned> {
+  static constexpr unsigned kAll = (1u << Slot::kLanes) - 1;
+  int slots;   // of a plane
+  int before;  // lanes in front of the plane's first element
+  int beyond;  // behind its last one
+
+  __device__ __forceinline__ bool any(int plane_left) const {
+    return plane_left * Slot::kLanes > beyond;
+  }
+
+  // A bit for each lane.
+  __device__ __forceinline__ unsigned lanes(int plane_left) const {
+    int left = plane_left * Slot::kLanes - beyond;
+    left = left > 0 ? left : 0;
+    const unsigned here = left < Slot::kLanes ? (1u << left) - 1 : kAll;
+    return plane_left == slots ? here >> before << before : here;
+  }
 };
 
 // The way is computed again from here. Otherwise the compiler keeps the address of every slot from
@@ -97,7 +124,7 @@ class Walk {
   // Channels of a slab, and those of them that there are: the last slab may end beyond C.
   __device__ __forceinline__ int channels() const {
     if constexpr (kLayout == Layout::kBundles) return kLanes;
-    return kLayout == Layout::kChannelsFirst ? 1 : plan_.columns * kLanes;
+    return by_channel(kLayout) ? 1 : plan_.columns * kLanes;
   }
 
   __device__ __forceinline__ int channels(const Problem& p, int channel0) const {
@@ -109,14 +136,14 @@ class Walk {
   // Which of the slots side by side is this thread's.
   __device__ __forceinline__ int column() const {
     if constexpr (kLayout == Layout::kBundles) return thread() - row() * plan_.columns;
-    return kLayout == Layout::kChannelsFirst ? 0 : thread() & (plan_.columns - 1);
+    return by_channel(kLayout) ? 0 : thread() & (plan_.columns - 1);
   }
 
   // Whether this thread's are among the channels of the slab that there are, and its position among
   // those that the block covers at once.
   __device__ __forceinline__ bool in_range(int there) const {
     if constexpr (kLayout == Layout::kBundles) return row() < stride_.pass;
-    return kLayout == Layout::kChannelsFirst || column() * kLanes < there;
+    return by_channel(kLayout) || column() * kLanes < there;
   }
 
   __device__ __forceinline__ Owned<kLayout> owned() const {
@@ -173,18 +200,40 @@ class Walk {
     } else if constexpr (kLayout == Layout::kBundles) {
       return {(at * p.channels + channel0) * p.spatial * kSize + column() * Slot::kBytes, 0};
     } else {
-      const std::int64_t plane = at <= kMostInt
-                                     ? stride_.by_plane.quotient(static_cast<unsigned>(at))
-                                     : at / stride_.plane;
+      const std::int64_t plane = this->plane(at);
       const std::int64_t inside = at - plane * stride_.plane;
-      return {(plane * p.channels + channel0) * p.spatial * kSize + inside * Slot::kBytes,
-              saturated(stride_.plane - inside)};
+      std::int64_t first = (plane * p.channels + channel0) * p.spatial * kSize;
+      if constexpr (kLayout == Layout::kUnaligned) first &= -std::int64_t{Slot::kBytes};
+      return {first + inside * Slot::kBytes, saturated(stride_.plane - inside)};
     }
+  }
+
+  // Which elements of a slab's slots are of the slab.
+  __device__ __forceinline__ Cover<Slot, kLayout> cover(const Problem& p, int channel0) const {
+    if constexpr (kLayout == Layout::kUnaligned) {
+      const unsigned first = static_cast<unsigned>(channel0) * static_cast<unsigned>(p.spatial);
+      const int before = static_cast<int>(first % kLanes);
+      return {stride_.plane_slots, before, stride_.beyond - before};
+    } else {
+      return {};
+    }
+  }
+
+  // kUnaligned: elements of the channel that the blocks of lower rank own.
+  __device__ __forceinline__ std::int64_t values_before(const Problem& p, int channel0,
+                                                        int rank) const {
+    std::int64_t at = std::int64_t{rank} * stride_.share;
+    at = at < stride_.positions ? at : stride_.positions;
+    const std::int64_t plane = this->plane(at);
+    const int inside =
+        static_cast<int>(at - plane * stride_.plane) * kLanes - cover(p, channel0).before;
+    const int spatial = static_cast<int>(p.spatial);
+    return plane * p.spatial + (inside < 0 ? 0 : inside < spatial ? inside : spatial);
   }
 
   // Moves on to the next slot, which is returned bytes further on.
   __device__ __forceinline__ std::int64_t advance(int& plane_left) const {
-    if constexpr (kLayout != Layout::kChannelsFirst) return stride_.step;
+    if constexpr (!by_channel(kLayout)) return stride_.step;
     plane_left -= stride_.plane_step;
     if (plane_left > 0) return stride_.step;
     plane_left += stride_.plane_slots;
@@ -201,10 +250,16 @@ class Walk {
   // Which of the positions that the block covers at once is this thread's; in kBundles beyond them
   // if it has none.
   __device__ __forceinline__ int row() const {
-    if constexpr (kLayout == Layout::kChannelsFirst) return thread();
+    if constexpr (by_channel(kLayout)) return thread();
     if constexpr (kLayout == Layout::kBundles)
       return static_cast<int>(stride_.by_plane.quotient(thread()));
     return thread() >> bits_of(plan_.columns);
+  }
+
+  // by_channel(): the plane that a position is in.
+  __device__ __forceinline__ std::int64_t plane(std::int64_t at) const {
+    return at <= kMostInt ? stride_.by_plane.quotient(static_cast<unsigned>(at))
+                          : at / stride_.plane;
   }
 
   // Positions of a slab that the block owns.

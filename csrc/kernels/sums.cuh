@@ -7,6 +7,7 @@
 #include "launch.h"
 #include "reduce.cuh"
 #include "tile.cuh"
+#include "unaligned.cuh"
 #include "vector.cuh"
 
 #include <cuda_runtime.h>
@@ -43,6 +44,20 @@ __device__ __forceinline__ SumsOf<Real, kChannels> tile_sums(typename Slot::Bits
     sums.merge(slot);
   }
   return sums;
+}
+
+// The sums of the slots that a piece has, from the cursor on.
+template <typename Slot, Layout kLayout, int kSlots, typename Real, int kChannels>
+__device__ __forceinline__ SumsOf<Real, kChannels> piece_sums(
+    typename Slot::Bits (&x_tile)[kSlots], typename Slot::Bits (&dy_tile)[kSlots], int slots,
+    const Cursor& cursor, const Walk<kLayout, Slot>& walk, const Cover<Slot, kLayout>& cover,
+    const Real (&centre)[kChannels]) {
+  if constexpr (kLayout == Layout::kUnaligned) {
+    return unaligned_sums<Slot>(x_tile, dy_tile, CoveredLanes<Slot>(slots, cursor, walk, cover),
+                                centre[0]);
+  } else {
+    return tile_sums<Slot, kLayout>(x_tile, dy_tile, centre);
+  }
 }
 
 // What the whole team holds of slab channel c, in thread c, from the sums of each thread. Every
