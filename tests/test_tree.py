@@ -1,4 +1,4 @@
-"""The order of the source tree: who may include what, and a README that lists what is there."""
+"""The order of the source tree: who may include what, and a list of what is there."""
 
 import re
 import subprocess
@@ -86,15 +86,15 @@ def test_the_table_would_notice(path, line):
     assert len(complaints(path, f"#include <vector>\n{line}\n")) == 1
 
 
-def listed_paths(readme: str) -> set[str]:
+def listed_paths(text: str) -> set[str]:
     """The paths in the ```text block under the heading "The tree".
 
     A line holds a path, two spaces or more, and free text. A line that is indented belongs to the
     folder, ending in a slash, above it that is indented less. Paths may hold the wildcards of
     fnmatch. A folder with nothing below it in the list stands for all that is in it.
     """
-    block = re.search(r"^#+ The tree\n.*?^```text\n(.*?)^```", readme, re.M | re.S)
-    assert block, 'README.md must have a ```text block under a heading "The tree"'
+    block = re.search(r"^#+ The tree\n.*?^```text\n(.*?)^```", text, re.M | re.S)
+    assert block, 'CONTRIBUTING.md must have a ```text block under a heading "The tree"'
     paths: list[str] = []
     folders: list[tuple[int, str]] = []
     for line in filter(str.strip, block[1].splitlines()):
@@ -122,15 +122,15 @@ def differences(listed: set[str], files: set[str]) -> tuple[set[str], set[str]]:
     return unlisted, missing
 
 
-def test_the_readme_lists_the_tree():
+def test_the_tree_is_listed():
     git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: there is no telling which files belong to it")
     done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
     files = {path for path in done.stdout.splitlines() if (ROOT / path).exists()}
-    unlisted, missing = differences(listed_paths((ROOT / "README.md").read_text()), files)
-    assert not unlisted, "not in README.md's tree"
-    assert not missing, "in README.md's tree, but not there"
+    unlisted, missing = differences(listed_paths((ROOT / "CONTRIBUTING.md").read_text()), files)
+    assert not unlisted, "not in CONTRIBUTING.md's tree"
+    assert not missing, "in CONTRIBUTING.md's tree, but not there"
 
 
 def test_the_readme_test_would_notice():
