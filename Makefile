@@ -50,9 +50,10 @@ asan: build
 	$(RUN) tests/simt/sanitize.py $(SIDE_BY_SIDE) tests/test_emulator*.py -q
 
 # The editable install comes second: it finds everything built, and lets `batchrenorm_cuda` be imported from anywhere.
+# How it does so, and as which version, is for pyproject.toml to say.
 build: $(READY)
 	$(RUN) setup.py -q build_ext --inplace
-	@test -e .venv/editable || $(PIP) --no-deps --no-build-isolation -e .
+	@test .venv/editable -nt pyproject.toml || $(PIP) --no-deps --no-build-isolation -e .
 	@touch .venv/editable
 
 $(VENV):

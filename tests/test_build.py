@@ -173,8 +173,9 @@ def test_build_info_is_about_this_build():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what is needed to build, built once without CUDA."""
-    copy = tmp_path_factory.mktemp("checkout")
+    """A copy of what is needed to build, built once without CUDA. It is named as a clone is."""
+    copy = tmp_path_factory.mktemp("checkout") / "batchrenorm_cuda"
+    copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, copy)
     for name in ("csrc", "batchrenorm_cuda"):
@@ -227,6 +228,34 @@ def test_an_installed_package_is_complete(checkout, tmp_path):
     assert f"in {target}" in done.stdout
 
 
+def test_an_editable_install_is_found_beside_the_clone(checkout, tmp_path):
+    """There the clone itself, which has the name of the package, looks like a namespace package.
+
+    The wheel is what pip would unpack into site-packages, and -S hides the site-packages that are
+    in use, which have an install of their own.
+    """
+    next(checkout.glob("batchrenorm_cuda/_C.*.so")).unlink()
+    hook = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"
+    environment = {**os.environ, "BATCHRENORM_CUDA": "0", "CXXFLAGS": "-O0"}
+    done = subprocess.run(
+        [sys.executable, "-c", hook],
+        cwd=checkout, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any(checkout.glob("batchrenorm_cuda/_C.*.so")), "an editable install builds in place"
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+
+    code = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+    code += "from importlib.util import find_spec; print(find_spec('batchrenorm_cuda').origin)"
+    for folder in (checkout.parent, tmp_path):
+        found = subprocess.run(
+            [sys.executable, "-E", "-S", "-c", code],
+            cwd=folder, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert found.strip() == str(checkout / "batchrenorm_cuda/__init__.py")
+
+
 def test_a_source_tree_that_is_not_built_says_so(tmp_path):
     """As after pip install . in a clone: there Python finds the sources first."""
     shutil.copytree(
@@ -235,7 +264,7 @@ def test_a_source_tree_that_is_not_built_says_so(tmp_path):
         ignore=shutil.ignore_patterns("*.so", "__pycache__"),
     )
     (tmp_path / "setup.py").touch()
-    # Without what an editable install puts there, which would find the compiled part.
+    # Without the finder that an editable install may have, which would find the compiled part.
     others = "[f for f in sys.meta_path if 'editable' not in repr(f).lower()]"
     code = f"import sys; sys.meta_path = {others}; import batchrenorm_cuda"
     done = subprocess.run(
