@@ -47,19 +47,24 @@ CHIPS = {
 }
 
 
+# Several times what any chip has, and fewer than the 3090, 4090 and 5090 in chips' names.
+_MOST_SMS = 1024
+
+
 def find(device_like: str) -> Chip:
     """A chip of `CHIPS` by its name, or an H200 cut to a number of SMs.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, with the names that contain it.
     """
     if device_like in CHIPS:
         return CHIPS[device_like]
-    if device_like.isdecimal() and 0 < int(device_like) < 65536:
+    if device_like.isdecimal() and 0 < int(device_like) <= _MOST_SMS:
         h200 = CHIPS["h200"]
         part = int(device_like) / h200.sm_count
         return Chip(int(device_like), h200.bandwidth * part, h200.l2 * part, h200.capability)
+    meant = [name for name in CHIPS if device_like and device_like in name]
     raise ValueError(
-        f"device_like must be a number of SMs below 65536 or one of {', '.join(CHIPS)}, got "
-        f"{device_like!r}"
+        f"device_like must be a number of SMs up to {_MOST_SMS} or one of {', '.join(CHIPS)}, got "
+        f"{device_like!r}" + (f": is it {' or '.join(meant)}?" if meant else "")
     )
