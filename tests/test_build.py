@@ -256,6 +256,23 @@ def test_an_editable_install_is_found_beside_the_clone(checkout, tmp_path):
         assert found.strip() == str(checkout / "batchrenorm_cuda/__init__.py")
 
 
+def test_a_source_distribution_is_complete(tmp_path):
+    """What the Makefile and the tests read is in it: all but the results of benchmarks, of two
+    megabytes, and what is for the repository alone."""
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: there is no telling which files belong to it")
+    done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {path for path in done.stdout.splitlines() if (ROOT / path).exists()}
+    listing = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(listing, cwd=ROOT, capture_output=True, check=True)
+    (sources,) = tmp_path.glob("*.egg-info/SOURCES.txt")
+    shipped = {os.path.normpath(path) for path in sources.read_text().splitlines()}
+    left_out = ("bench/results/", "docs/", ".ci/", ".gitignore")
+    assert {path for path in files - shipped if not path.startswith(left_out)} == set()
+    assert not [path for path in shipped if path.startswith(left_out)]
+
+
 def test_a_source_tree_that_is_not_built_says_so(tmp_path):
     """As after pip install . in a clone: there Python finds the sources first."""
     shutil.copytree(
