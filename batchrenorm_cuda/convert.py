@@ -79,8 +79,9 @@ def convert(
     A subclass of a BatchNorm is left alone, with a warning, unless all that it has of its own is a
     constructor. So is a layer with statistics that it does not update (track_running_stats set to
     False after construction), which is there to normalise by the batch alone, and one inside a
-    fused module of torch.ao for training, which reads its running_var. A module of your own that
-    does so has to be skipped.
+    fused module of torch.ao for training, which reads its running_var, and a FrozenBatchNorm2d as
+    torchvision and detectron2 have it. A module of your own that reads running_var has to be
+    skipped.
 
     Args:
         model: any module; its BatchNorms may be shared or nested.
@@ -131,6 +132,8 @@ def convert(
     ties: Ties = {}
 
     def plan(layer: nn.Module, name: str) -> Change | str:
+        if not isinstance(layer, _BatchNorm):
+            return "its statistics are fixed, and it goes on inferring by them"
         own = class_of(layer)
         base = _plain_base(own)
         after = COUNTERPARTS.get(base) if base else None
@@ -158,7 +161,7 @@ def convert(
             layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
         )
 
-    return swap_layers(model, "BatchNorm", _BatchNorm, _BatchRenorm, plan, skip, report)
+    return swap_layers(model, "BatchNorm", _is_norm, _BatchRenorm, plan, skip, report)
 
 
 def fold(
@@ -208,7 +211,7 @@ def fold(
             return "its forward has been replaced"
         return _to_norm(layer, name, back[base], ties)
 
-    return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchNorm, plan, skip, report)
+    return swap_layers(model, "Batch Renorm", _is_renorm, _BatchNorm, plan, skip, report)
 
 
 _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
@@ -261,7 +264,7 @@ def convert_sync(
         buffers = {name: t for name, t in layer._buffers.items() if name in BUFFERS}
         return Change(layer, cls, {"process_group": process_group}, set(), buffers, {})
 
-    return swap_layers(model, "Batch Renorm", _BatchRenorm, _BatchRenorm, plan, skip, report)
+    return swap_layers(model, "Batch Renorm", _is_renorm, _BatchRenorm, plan, skip, report)
 
 
 def _require_model(model: Any) -> None:
@@ -273,6 +276,17 @@ def _require_model(model: Any) -> None:
                 "model must not be wrapped yet, got a DistributedDataParallel, which would not "
                 "know the new buffers"
             )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A BatchNorm, or the copy of one that torchvision, detectron2, transformers and many models
+    freeze it into: a module of another class, all of whose state are buffers."""
+    frozen = {"weight", "bias", "running_mean", "running_var"} <= module._buffers.keys()
+    return isinstance(module, _BatchNorm) or (frozen and "FrozenBatchNorm" in type(module).__name__)
+
+
+def _is_renorm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchRenorm)
 
 
 _INERT = {

@@ -96,7 +96,7 @@ class Change:
 def swap_layers(
     model: nn.Module,
     kind: str,
-    before: type[nn.Module],
+    wanted: Callable[[nn.Module], bool],
     after: type[nn.Module],
     plan: Callable[[nn.Module, str], Change | str],
     skip: Skip | Iterable[Skip],
@@ -106,7 +106,7 @@ def swap_layers(
         raise TypeError(f"report must be callable, such as print, got {report!r}")
     outcomes: list[Outcome] = []
     changes: list[Change] = []
-    found = _find(model, before, _skips(skip))
+    found = _find(model, wanted, _skips(skip))
     for layer, names, skipped in found:
         with torch.inference_mode(False):  # which would make tensors that training cannot use
             planned = "skip" if skipped else plan(layer, names[0])
@@ -122,26 +122,31 @@ def swap_layers(
     if not found and not any(isinstance(m, after) for m in model.modules()):
         warnings.warn(f"{type(model).__name__} has no {kind} to change", stacklevel=3)
     result = Report(tuple(outcomes))
+    alike: dict[tuple[str, str], list[str]] = {}  # a warning for each kind: there may be dozens
     for outcome in result.left:
         if outcome.reason != "skip":
-            warnings.warn(
-                f"{outcome.names[0] or 'the model'}, a {outcome.before}, was left alone: "
-                f"{outcome.reason}. Name it in skip if that is right",
-                stacklevel=3,
-            )
+            alike.setdefault((outcome.before, outcome.reason), []).append(outcome.names[0])
+    for (own, reason), names in alike.items():
+        first, more = names[0] or "the model", len(names) - 1
+        what = f"and {more} more, each a {own}, were" if more else f"a {own}, was"
+        warnings.warn(
+            f"{first}, {what} left alone: {reason}. Name {'them' if more else 'it'} in skip if "
+            "that is right",
+            stacklevel=3,
+        )
     if report is not None:
         report(result)
     return model
 
 
 def _find(
-    model: nn.Module, wanted: type[nn.Module], skips: list[Skip]
+    model: nn.Module, wanted: Callable[[nn.Module], bool], skips: list[Skip]
 ) -> list[tuple[nn.Module, tuple[str, ...], bool]]:
-    """Every module of type `wanted`, with its names and whether one of them is to be skipped."""
+    """Every module that is `wanted`, with its names and whether one of them is to be skipped."""
     found: dict[int, tuple[nn.Module, list[str], list[bool]]] = {}
     used: set[object] = set()
     for name, module, skipped in _walk(model, skips, used):
-        if isinstance(module, wanted):
+        if wanted(module):
             _, names, skippeds = found.setdefault(id(module), (module, [], []))
             names.append(name)
             skippeds.append(skipped)

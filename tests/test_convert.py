@@ -387,6 +387,48 @@ def test_other_layers_without_a_counterpart_are_left_alone_aloud(change):
             assert type(convert(other)) is nn.BatchNorm1d
 
 
+class DetrFrozenBatchNorm2d(nn.Module):
+    """As torchvision, detectron2 and transformers have it: no BatchNorm, and all of it buffers."""
+
+    def __init__(self, n):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(n))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return (x - self.running_mean) * scale + self.bias
+
+
+class NotFrozenBatchNorm(nn.Linear):
+    """Has the name alone."""
+
+
+def test_frozen_layers_are_left_alone_aloud():
+    """Detection backbones come with dozens of them: one warning, and a line of the report each."""
+    model = nn.Sequential(
+        DetrFrozenBatchNorm2d(3),
+        nn.BatchNorm1d(3),
+        nn.Sequential(DetrFrozenBatchNorm2d(3), NotFrozenBatchNorm(3, 3)),
+    )
+    reports = []
+    with pytest.warns(UserWarning) as warned:
+        convert(model, report=reports.append)
+    assert [str(warning.message) for warning in warned] == [
+        "0, and 1 more, each a DetrFrozenBatchNorm2d, were left alone: its statistics are fixed, "
+        "and it goes on inferring by them. Name them in skip if that is right"
+    ]
+    assert [(o.names, o.after) for o in reports[0].outcomes] == [
+        (("0",), None), (("1",), "BatchRenorm1d"), (("2.0",), None)
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model, skip=DetrFrozenBatchNorm2d)
+        fold(model)
+    with pytest.warns(UserWarning, match="the model, a DetrFrozenBatchNorm2d, was left alone"):
+        convert(DetrFrozenBatchNorm2d(3))  # and not that there is nothing to change
+
+
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:Please use quant:UserWarning")
 def test_what_is_prepared_for_quantisation_is_left_alone_aloud():
     quantization = pytest.importorskip("torch.ao.quantization")
