@@ -5,10 +5,8 @@ Layers stay the objects they are; swap.py says how. This file says what of a Bat
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from .modules import (
     _require_schedule,
     layers_of,
 )
-from .schedule import RenormSchedule
+from .schedule import RenormSchedule, batches_seen, later
 from .swap import BUFFERS, Change, Report, Skip, class_of, like, swap_layers
 from .sync import LazySyncBatchRenorm, SyncBatchRenorm, check_group
 
@@ -97,7 +95,9 @@ def convert(
             and all inside it. A layer of several names is left alone if one of them is.
         from_now: count the steps of the schedule from the present num_batches_tracked of each
             layer. Otherwise they are counted from the start of the BatchNorm's training, and a
-            model trained for longer than the schedule begins with the last limits.
+            model trained for longer than the schedule begins with the last limits. A schedule that
+            is set afterwards knows nothing of it: give the schedule here, or from_now to
+            set_schedule, too.
         skip_nonfinite: as in BatchRenorm2d.
         report: called with a Report of what was changed and what was left alone, and why.
             report=print prints it.
@@ -152,10 +152,8 @@ def convert(
             return "track_running_stats does not say whether it has statistics"
         if is_parametrized(layer) and {"running_mean", "running_var"} & {*layer.parametrizations}:
             return "its statistics are parametrized"
-        limits, counter = schedule, layer._buffers.get("num_batches_tracked")
-        if tracks and counter is not None and not counter.is_meta:
-            steps = _counted(counter, name)
-            limits = _later(schedule, steps) if from_now else schedule
+        batches = batches_seen(layer._buffers.get("num_batches_tracked") if tracks else None, name)
+        limits = later(schedule, batches) if from_now else schedule
         keeps = momentum == "keep" or layer.momentum is None
         return _to_renorm(
             layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
@@ -319,28 +317,6 @@ def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.devic
         if t is not None and t.is_floating_point():
             return t.dtype, t.device
     return None, None
-
-
-def _counted(counter: Tensor, name: str) -> int:
-    """The batches that a layer of this name has seen."""
-    where = f"{name}." if name else ""
-    if counter.numel() != 1:
-        raise ValueError(
-            f"{where}num_batches_tracked must be one number, got shape {tuple(counter.shape)}"
-        )
-    if not (math.isfinite(counter) and counter >= 0):
-        raise ValueError(
-            f"{where}num_batches_tracked must be finite and >= 0, got {counter.item()}"
-        )
-    return int(counter)
-
-
-def _later(schedule: RenormSchedule, steps: int) -> RenormSchedule:
-    """The schedule with its start moved to where a layer's counter is."""
-    per = schedule.steps_per_update
-    steps = steps / per if steps % per else steps // per
-    moved = {n: getattr(schedule, n) + steps for n in ("warmup_steps", "r_max_step", "d_max_step")}
-    return replace(schedule, **moved)
 
 
 def _to_renorm(

@@ -21,7 +21,7 @@ from .arguments import FLOATS, check_flags, check_numbers
 from .clipping import Clipping, new_counts
 from .functional import normalise
 from .repeats import copies
-from .schedule import RenormSchedule, require_steps_per_update
+from .schedule import RenormSchedule, batches_seen, later, require_steps_per_update
 
 
 def _require_schedule(schedule: Any) -> None:
@@ -122,14 +122,19 @@ class _BatchRenorm(nn.Module):
         if self.bias is not None:
             init.zeros_(self.bias)
 
-    def set_schedule(self, schedule: RenormSchedule) -> None:
-        """Replaces the schedule. It goes on at the step that num_batches_tracked says.
+    def set_schedule(self, schedule: RenormSchedule, *, from_now: bool = False) -> None:
+        """Replaces the schedule. It goes on at the step that num_batches_tracked says; from_now:
+        its steps are counted from that one, and so it starts.
 
         The buffer is overwritten in place: compiled code is not recompiled, captured CUDA graphs
-        see the change, and the host does not wait for the device.
+        see the change, and the host does not wait for the device, unless from_now has it read
+        num_batches_tracked.
         """
         _require_schedule(schedule)
+        check_flags(from_now=from_now)
         self._require_statistics("schedule cannot be set")
+        if from_now:
+            schedule = later(schedule, batches_seen(self.num_batches_tracked))
         self._schedule = schedule
         self.schedule.copy_(schedule.as_tensor("cpu"), non_blocking=True)
 

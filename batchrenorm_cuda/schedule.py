@@ -172,6 +172,30 @@ def require_steps_per_update(value: Any, name: str = "steps_per_update") -> None
     require_float(value, name)
 
 
+def batches_seen(counter: Tensor | None, layer: str = "") -> int:
+    """A layer's num_batches_tracked as a number, which waits for its device; 0 if it has none or
+    one without a value. Errors name the layer."""
+    if counter is None or counter.is_meta:
+        return 0
+    where = f"{layer}." if layer else ""
+    if counter.numel() != 1:
+        raise ValueError(
+            f"{where}num_batches_tracked must be one number, got shape {tuple(counter.shape)}"
+        )
+    if not (math.isfinite(counter) and counter >= 0):
+        raise ValueError(
+            f"{where}num_batches_tracked must be finite and >= 0, got {counter.item()}"
+        )
+    return int(counter)
+
+
+def later(schedule: RenormSchedule, batches: int) -> RenormSchedule:
+    """The schedule with its start moved to where a layer has seen so many batches."""
+    per = schedule.steps_per_update
+    steps = batches / per if batches % per else batches // per
+    return replace(schedule, **{name: getattr(schedule, name) + steps for name in _STEPS})
+
+
 def _ramp(step: float, start: float, end: float, first: float, last: float) -> float:
     if step >= end:
         return float(last)

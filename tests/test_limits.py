@@ -221,6 +221,72 @@ def test_convert_from_now_counts_microbatches_of_the_past():
     assert torch.equal(layer.schedule - torch.tensor([30, 0, 30, 0, 30]), UPDATES.as_tensor())
 
 
+def norms(*counts):
+    """BatchNorms that have seen so many batches."""
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in counts))
+    for norm, count in zip(model, counts, strict=True):
+        norm.num_batches_tracked.fill_(count)
+    return model
+
+
+def test_a_schedule_that_is_set_from_now_starts_as_if_convert_had_been_given_it():
+    """Set without from_now it undoes convert's: trained for 1000 batches, the layer would begin
+    with the last limits."""
+    wanted = convert(norms(0, 30, 1000), schedule=UPDATES, from_now=True)
+    model = convert(norms(0, 30, 1000), from_now=True)
+    set_schedule(model, UPDATES, from_now=True)
+    assert repr(model) == repr(wanted)
+    torch.testing.assert_close(model.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+    layer = convert(norms(30))[0]
+    layer.set_schedule(UPDATES, from_now=True)
+    assert torch.equal(layer.schedule, wanted[1].schedule)
+    assert limits(layer) == (1.0, 0.0)
+    layer.set_schedule(UPDATES)
+    assert layer.schedule.tolist() == UPDATES.as_tensor().tolist()
+
+
+def test_layers_that_share_a_counter_start_at_the_same_step():
+    one, other = model = norms(30, 0)
+    other._buffers.update(one._buffers)
+    convert(model)
+    set_schedule(model, UPDATES, from_now=True)
+    assert one.num_batches_tracked == 30
+    assert one.schedule.tolist() == other.schedule.tolist() == [38, 3, 70, 4, 54]
+
+
+def test_a_schedule_from_now_where_there_is_no_count():
+    """A lazy layer has one from the start; one on meta has no value, and counts from its start."""
+    lazy, meta, without = LazyBatchRenorm1d(), BatchRenorm1d(3, device="meta"), BatchRenorm1d(3)
+    lazy.num_batches_tracked.fill_(8)
+    without.num_batches_tracked = None
+    set_schedule(nn.Sequential(lazy, meta, without), UPDATES, from_now=True)
+    assert lazy.schedule.tolist() == [16, 3, 48, 4, 32]
+    assert meta._schedule == UPDATES
+    assert without.schedule.tolist() == UPDATES.as_tensor().tolist()
+
+
+@pytest.mark.parametrize(
+    ("count", "schedule", "from_now", "error", "message"),
+    [
+        (-1, UPDATES, True, ValueError, "1.num_batches_tracked must be finite and >= 0, got -1"),
+        (-1, UPDATES, 1, TypeError, "from_now must be a bool, got 1"),
+        (8, (2.0, 1.0), True, TypeError, "schedule must be a RenormSchedule, got tuple"),
+    ],
+)
+def test_a_schedule_that_cannot_start_now_changes_nothing(
+    count, schedule, from_now, error, message
+):
+    model = convert(norms(4, 8))
+    model[1].num_batches_tracked.fill_(count)
+    before, text = copy.deepcopy(model.state_dict()), repr(model)
+    with pytest.raises(error, match=message):
+        set_schedule(model, schedule, from_now=from_now)
+    with pytest.raises(error, match=message.removeprefix("1.")):
+        model[1].set_schedule(schedule, from_now=from_now)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert repr(model) == text
+
+
 def test_a_lazy_layer_can_be_told_before_it_has_a_size():
     layer = LazyBatchRenorm1d(schedule=UPDATES)
     layer.set_limits(2.0, 1.0)
