@@ -268,7 +268,7 @@ def test_a_source_distribution_is_complete(tmp_path):
     subprocess.run(listing, cwd=ROOT, capture_output=True, check=True)
     (sources,) = tmp_path.glob("*.egg-info/SOURCES.txt")
     shipped = {os.path.normpath(path) for path in sources.read_text().splitlines()}
-    left_out = ("bench/results/", "docs/", ".ci/", ".gitignore")
+    left_out = ("bench/results/", ".ci/", ".gitignore")
     assert {path for path in files - shipped if not path.startswith(left_out)} == set()
     assert not [path for path in shipped if path.startswith(left_out)]
 
