@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 from launches import (
     SCHEDULES,
+    SLACK,
     STATE_CASES,
     Case,
+    assert_within,
     bits,
     check_forward,
     draw,
+    epsilon,
     expected_forward,
     launches_of,
     over_schedules,
     plan_for,
 )
 from simt import truth
-from simt.emulator import CUMULATIVE, DTYPES, Emulator, Layout, Pass, rounded
+from simt.emulator import CUMULATIVE, DTYPES, Emulator, Layout, Pass, Problem, rounded
 
 state = pytest.mark.parametrize("case", STATE_CASES, ids=str)
 
@@ -187,6 +190,25 @@ def test_outliers_where_a_thread_begins(emulator: Emulator, layout: Layout, dtyp
     got = emulator.forward(problem, rounded(data["x"], dtype))
     want = expected_forward(rounded(data["x"], dtype))
     check_forward(problem, got, want, weight=None, bias=None)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("batch", "plane"), [(128, 49), (512, 9)])
+def test_outliers_that_are_the_pivot_of_unaligned_planes(
+    emulator: Emulator, batch: int, plane: int, dtype: str
+):
+    """Threads begin where few lanes of a slot count, or none. What stands in for the others must
+    not be far from what they hold."""
+    emulator.sm_count, emulator.schedule = 4, SCHEDULES[0]
+    problem = Problem(batch, 8, plane, dtype=dtype)
+    choice = {"slot_bytes": 16, "slots": 8, "columns": 1, "threads": 64, "team": 1}
+    x = np.zeros(problem.shape)
+    x[0, :, -1 if plane < 32 else slice(32)] = 333  # a pivot is the mean of 32, the last again
+    got = emulator.forward(
+        problem, rounded(x, dtype), plan=emulator.cut(Pass.FORWARD, problem, **choice)
+    )
+    want = expected_forward(rounded(x, dtype))["inv_std"]
+    assert_within("inv_std", got["stats"][2], want, SLACK * epsilon(problem) * want)
 
 
 @launches_of(STATE_CASES)

@@ -3,7 +3,8 @@ shipped sources, must be caught.
 
 A bug is a textual patch. If the source has moved on so that a patch no longer applies, the test
 fails: rewrite the patch. What cannot be planted here is a missing memory fence: x86 does not
-reorder what a GPU would.
+reorder what a GPU would; and a slot beyond the tensor that is loaded and not used, which `make
+asan` catches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 // Plans that have been made before: a model asks for the same ones at every step.
 //
-// Making one takes the host 0.05 to 0.4 us in kChannelsFirst, two to three times as long where
-// bundles are a choice, and 0.1 to 2.8 us in kChannelsLast, where it compares the teams of up to
+// Making one takes the host 0.05 to 0.4 us in kChannelsFirst, two to four times as long where there
+// is a choice of slots, and 0.1 to 2.8 us in kChannelsLast, where it compares the teams of up to
 // six widths of slab; finding it 0.014 (Emerald Rapids, all of it in the caches).
 #pragma once
 

@@ -115,6 +115,8 @@ __device__ __forceinline__ ExactMoments<Real> team_moments(
   team_barrier(barrier_line(workspace, walk.team()), plan.team, walk.rank(), meanwhile);
 
   const Real first = partials.first();
+  // Elements of a channel that the last rank owns, and that each of the others does. In kUnaligned
+  // they differ from rank to rank.
   const Real each = static_cast<Real>(plan.share * stride.values);
   const Real last =
       static_cast<Real>((stride.positions - (plan.team - 1) * plan.share) * stride.values);
