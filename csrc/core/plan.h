@@ -190,7 +190,9 @@ constexpr std::int64_t kMostInt = 0x7fffffff;
 // end included. A slab with more for each resident block has over 2^38 slots on an H200.
 constexpr std::int64_t kMostShare = std::int64_t{1} << 30;
 
-// Elements of a plane in kUnaligned, at most: its lanes are counted in 32 bits.
+// Elements of a plane in kUnaligned: enough for a slot to have its first lane or its last, and so
+// few that lanes are counted in 32 bits.
+constexpr std::int64_t kLeastUnaligned = 8;
 constexpr std::int64_t kMostUnaligned = std::int64_t{1} << 30;
 
 // Channels, at most: blocks count slabs in 32 bits, a wave beyond the last one included.
@@ -562,7 +564,8 @@ constexpr bool can_bundle(const Problem& p) {
 // (narrow_speed).
 constexpr bool can_unalign(const Problem& p) {
   return p.layout == Layout::kChannelsFirst && size_of(p.dtype) == 2 && widest_slot(p) <= 4 &&
-         p.alignment % 16 == 0 && p.channels % 8 == 0 && p.spatial <= kMostUnaligned;
+         p.alignment % 16 == 0 && p.channels % 8 == 0 && kLeastUnaligned <= p.spatial &&
+         p.spatial <= kMostUnaligned;
 }
 
 // Bundles have to leave blocks for three quarters of the chip: channel by channel there are more of

@@ -34,14 +34,13 @@ class CoveredLanes {
   const Cover<Slot, Layout::kUnaligned>& cover_;
 };
 
-// As tile_moments(), about the mean of those lanes of the first slot that count, or of the second's
-// if none does; a thread whose first two slots are empty has no other. Where one lane is all that
-// counts, sum(delta)^2 / count is at most the tile's 64 elements times m2. Lanes that do not count
-// must not stand in with the pivot: if that is far from the mean, every thread that begins at the
-// end of a plane loses digits, 454 last places of 1 / std in all (float16, (1024, 8, 13, 13), one
-// image's first values 333 and all else 0), and 4 so.
-//
-// Equal values give exactly themselves: up to 8 of 16 bits are added and divided exactly.
+// As tile_moments(), about the mean of the first slot, or of the second if nothing of that counts;
+// if nothing of either does, nothing of any does. For lanes that do not count stands the first or
+// the last of the slot, one of which does, so the centre is a mean of the tile's own elements, and
+// sum(delta)^2 / count at most their number times m2. The pivot must not stand there: if it is far
+// from the mean, every thread that begins at the end of a plane loses digits, 454 last places of
+// 1 / std in all (float16, (1024, 8, 13, 13), one image's first values 333 and all else 0), and
+// narrow slots lose 2.5.
 template <typename Slot, int kSlots, typename Real>
 __device__ __forceinline__ MomentsOf<Real, 1> unaligned_moments(typename Slot::Bits (&tile)[kSlots],
                                                                 CoveredLanes<Slot> covered,
@@ -52,14 +51,15 @@ __device__ __forceinline__ MomentsOf<Real, 1> unaligned_moments(typename Slot::B
   if (empty) first = again.next();
   Real x[Slot::kLanes];
   Slot::unpack(chosen(!empty, tile[0], tile[1]), x);
+  const Real own = first & 1u ? x[0] : x[Slot::kLanes - 1];
 #pragma unroll
-  for (int i = 0; i < Slot::kLanes; ++i) x[i] = first >> i & 1 ? x[i] : Real(0);
+  for (int i = 0; i < Slot::kLanes; ++i) x[i] = first >> i & 1 ? x[i] : own;
 #pragma unroll
   for (int width = Slot::kLanes / 2; width >= 1; width /= 2) {
 #pragma unroll
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   }
-  const Real centre = first != 0u ? x[0] / static_cast<Real>(__popc(first)) : pivot;
+  const Real centre = x[0] * (Real(1) / Real(Slot::kLanes));
 
   Real sum = Real(0);
   Real squares = Real(0);
