@@ -535,6 +535,9 @@ def test_what_the_gpu_script_calls(tmp_path, seconds, rows):
     tree, stubs = tmp_path / "tree", tmp_path / "stubs"
     (tree / "bench").mkdir(parents=True)
     shutil.copy(ROOT / "bench" / "gpu.sh", tree / "bench")
+    built = tree / "build/some/csrc/kernels/forward.cu.o"
+    built.parent.mkdir(parents=True)
+    built.touch()
     stubs.mkdir()
     for name in ("python", "nvcc", "ncu", "compute-sanitizer", "nvidia-smi"):
         (stubs / name).write_text(STUB)
@@ -563,3 +566,6 @@ def test_what_the_gpu_script_calls(tmp_path, seconds, rows):
     benchmark = call("bench.run").split()
     assert int(benchmark[benchmark.index("--seconds") + 1]) in rows
     assert call("/sweep 55")
+    assert " build/some/csrc/kernels/forward.cu.o csrc/kernels/backward.cu " in call(
+        "bench/sweep.cu"
+    )

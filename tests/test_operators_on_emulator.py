@@ -106,11 +106,13 @@ layers, on_cpu = ([Layer(*s) for s in shapes] for _ in range(2))
 for layer, other in zip(layers, on_cpu):
     layer.x, layer.dy = other.x, other.dy
 expected = [layer.step() for layer in on_cpu]
-operators = take_over(8, {lent})
+operators, shared = take_over(8, {lent}), []
 for layer, other, want in zip(layers, on_cpu, expected):
     for got, wanted in zip((*layer.step(), *layer.state()), (*want, *other.state()), strict=True):
         near = 1e-4 if got.dtype == torch.float32 else 1e-2
         torch.testing.assert_close(got, wanted, rtol=near, atol=near * float(wanted.abs().max()))
+    shared.append(operators.last_dynamic_shared())
+assert any(shared), "half the chip has shared memory too"
 assert operators.refused() > 0 and operators.control_words_in_use() == 0
 """)
 

@@ -133,7 +133,7 @@ def test_the_tree_is_listed():
     assert not missing, "in CONTRIBUTING.md's tree, but not there"
 
 
-def test_the_readme_test_would_notice():
+def test_the_list_would_notice():
     tree = "setup.py  builds\ncsrc/\n  core/  all of it\n  cpu/\n    f*.cpp  x\n"
     readme = f"## The tree\n\n```text\n{tree}```\n"
     listed = listed_paths(readme)

@@ -100,6 +100,11 @@ std::int64_t simt_control_words_in_use() {
 // Launches that were too large for what is lent of the chip.
 std::int64_t simt_refused() { return fake.refused; }
 
+// Bytes of shared memory that the last launch asked for.
+std::int64_t simt_last_dynamic_shared() {
+  return static_cast<std::int64_t>(simt::last_dynamic_shared());
+}
+
 // Every launch fails with this cudaError_t from here on; and so does every allocation of the
 // binding's own, if that is cudaErrorMemoryAllocation.
 void simt_fail(int error) {

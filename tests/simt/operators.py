@@ -23,8 +23,9 @@ class Operators:
         path = build.binding()
         torch.ops.load_library(str(path))
         self.library = ctypes.CDLL(str(path))
-        for name in ("simt_captured", "simt_control_words_in_use", "simt_refused"):
-            getattr(self.library, name).restype = ctypes.c_int64
+        counts = ("captured", "control_words_in_use", "refused", "last_dynamic_shared")
+        for name in counts:
+            getattr(self.library, f"simt_{name}").restype = ctypes.c_int64
         self.library.simt_chip(sms, lent, order, ctypes.c_uint(seed))
         self.library.simt_trust_saved_tensor_hooks(checkpoint._legible)
 
@@ -47,6 +48,10 @@ class Operators:
     def refused(self) -> int:
         """Launches of more blocks than could be had at once."""
         return self.library.simt_refused()
+
+    def last_dynamic_shared(self) -> int:
+        """Bytes that the last launch asked for."""
+        return self.library.simt_last_dynamic_shared()
 
     def control_words_in_use(self) -> int:
         """Those that are not as the next launch needs them."""
