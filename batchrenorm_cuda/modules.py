@@ -222,14 +222,8 @@ class _BatchRenorm(nn.Module):
         # All that is seldom so behind one look at the type: isinstance(input, Proxy) of a tensor
         # looks up its __class__ too, and _check_input_dim takes 0.4 us.
         if type(input) is not Tensor or input.dim() not in self._dims:
-            if isinstance(input, Proxy):  # torch.fx takes modules of torch.nn alone for leaves
-                tracer = input.tracer
-                if tracer.root is self:
-                    raise TraceError(
-                        f"a {type(self).__name__} cannot be traced by itself, since it is a leaf: "
-                        "trace torch.nn.Sequential(layer)"
-                    )
-                return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+            if isinstance(input, Proxy):
+                return self._traced(input)
             self._check_input_dim(input)
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. What is not
         # there is parametrized, or was made an attribute of another kind.
@@ -263,6 +257,23 @@ class _BatchRenorm(nn.Module):
             self._clipping,
             layer,
         )
+
+    _leaf: Callable[..., Tensor] = forward
+
+    def _traced(self, input: Proxy) -> Proxy:
+        """A leaf of torch.fx, which takes modules of torch.nn alone for leaves. Where a subclass,
+        or the object, has a forward of its own, that is traced, and this layer's a leaf in it."""
+        tracer = input.tracer
+        if tracer.root is self:
+            raise TraceError(
+                f"a {type(self).__name__} cannot be traced by itself, since it is a leaf: "
+                "trace torch.nn.Sequential(layer)"
+            )
+        path = tracer.path_of_module(self)
+        if getattr(self.forward, "__func__", None) is type(self)._leaf:
+            return tracer.create_proxy("call_module", path, (input,), {})
+        layer = tracer.create_proxy("get_attr", path, (), {})
+        return tracer.create_proxy("call_function", leaf_of, (layer, input), {})
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks a module for first; else it fails somewhere inside of torch.
@@ -434,6 +445,11 @@ class _BatchRenorm(nn.Module):
             raise ValueError(f"{prefix}schedule: {error}") from None
         state_dict[f"{prefix}schedule"] = found.as_tensor(schedule.device)
         return found
+
+
+def leaf_of(layer: _BatchRenorm, input: Tensor) -> Tensor:
+    """What a layer computes without what a subclass adds to it: a node of torch.fx."""
+    return layer._leaf(input)
 
 
 def _is_not_negative(t: Tensor) -> Tensor:

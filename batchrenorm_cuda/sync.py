@@ -307,6 +307,8 @@ class SyncBatchRenorm(_BatchRenorm):
             self.running_mean,
         )
 
+    _leaf = forward
+
 
 class LazySyncBatchRenorm(_LazyBatchRenorm):
     """A SyncBatchRenorm whose num_features is found in its first input: what convert_sync makes of

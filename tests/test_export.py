@@ -256,6 +256,28 @@ def test_torch_fx_takes_the_layer_for_a_leaf(training):
     assert traced.get_submodule("2").num_batches_tracked == (6 if training else 3)
 
 
+class Activated(BatchRenorm2d):
+    def forward(self, x):
+        return 1 + super().forward(2 * x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_fx_traces_what_a_subclass_adds(training):
+    """Once: with the whole layer for a leaf, what is around it came a second time."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Activated(4), nn.SiLU(), BatchRenorm2d(4))
+    model[3].forward = lambda x, own=model[3].forward: own(x) - 3
+    model.train(training)
+    twin = copy.deepcopy(model)
+    twin[3].forward = lambda x, own=BatchRenorm2d.forward: own(twin[3], x) - 3
+    x = torch.randn(6, 3, 5, 5)
+    traced = torch.fx.symbolic_trace(model)
+    again = torch.fx.symbolic_trace(traced)
+    assert {"add", "sub", "mul"} <= {getattr(n.target, "__name__", 0) for n in again.graph.nodes}
+    torch.testing.assert_close(again(x), twin(x), rtol=0, atol=0)
+    torch.testing.assert_close(again(x), twin(x), rtol=0, atol=0)
+    assert model[1].num_batches_tracked == (2 if training else 0)
+
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
