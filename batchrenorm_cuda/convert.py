@@ -18,31 +18,24 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .arguments import HALVES, check_flags, check_numbers
-from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d, _LazyBatchRenorm
-from .modules import (
-    BatchRenorm1d,
-    BatchRenorm2d,
-    BatchRenorm3d,
-    _BatchRenorm,
-    _require_schedule,
-    layers_of,
+from .counterparts import (
+    Classes,
+    check_counterparts,
+    norm_for,
+    renorm_for,
+    standard,
+    sync_for,
 )
+from .lazy import _LazyBatchRenorm
+from .modules import BatchRenorm1d, _BatchRenorm, _require_schedule, layers_of
 from .schedule import RenormSchedule, batches_seen, later
 from .swap import BUFFERS, Change, Report, Skip, class_of, like, swap_layers
-from .sync import LazySyncBatchRenorm, SyncBatchRenorm, check_group
-
-COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchRenorm1d,
-    nn.BatchNorm2d: BatchRenorm2d,
-    nn.BatchNorm3d: BatchRenorm3d,
-    nn.SyncBatchNorm: SyncBatchRenorm,
-    nn.LazyBatchNorm1d: LazyBatchRenorm1d,
-    nn.LazyBatchNorm2d: LazyBatchRenorm2d,
-    nn.LazyBatchNorm3d: LazyBatchRenorm3d,
-}
+from .sync import LazySyncBatchRenorm, check_group
 
 # What has been made of a buffer, so that layers that share one share what is made of it.
 Ties = dict[tuple[Any, ...], Any]
+
+STRANGER = "a subclass with methods of its own, and not in counterparts"
 
 _RENORM_ATTRIBUTES = vars(BatchRenorm1d(1)).keys() - vars(nn.BatchNorm1d(1)).keys()
 
@@ -58,6 +51,7 @@ def convert(
     skip: Skip | Iterable[Skip] = (),
     from_now: bool = False,
     skip_nonfinite: bool = False,
+    counterparts: Classes | None = None,
     report: Callable[[Report], object] | None = None,
 ) -> nn.Module:
     """Turns every BatchNorm of a model into a Batch Renorm, in place, and returns the model.
@@ -74,8 +68,9 @@ def convert(
     Convert before compiling, and before wrapping in DistributedDataParallel or FSDP, which make
     lists of the buffers.
 
-    A subclass of a BatchNorm is left alone, with a warning, unless all that it has of its own is a
-    constructor. So is a layer with statistics that it does not update (track_running_stats set to
+    timm's BatchNormAct2d and SyncBatchNormAct are known. Any other subclass of a BatchNorm is left
+    alone, with a warning, unless all that it has of its own is a constructor, or `counterparts` has
+    it. So is a layer with statistics that it does not update (track_running_stats set to
     False after construction), which is there to normalise by the batch alone, and one inside a
     fused module of torch.ao for training, which reads its running_var, and a FrozenBatchNorm2d as
     torchvision and detectron2 have it. A module of your own that reads running_var has to be
@@ -99,6 +94,9 @@ def convert(
             is set afterwards knows nothing of it: give the schedule here, or from_now to
             set_schedule, too.
         skip_nonfinite: as in BatchRenorm2d.
+        counterparts: what becomes of your own subclasses of BatchNorm: {OwnNorm: OwnRenorm}, the
+            latter a subclass of the BatchRenorm1d, ... in the same place, with the methods that
+            OwnNorm has. No constructor is called: attributes and submodules stay.
         report: called with a Report of what was changed and what was left alone, and why.
             report=print prints it.
 
@@ -111,6 +109,7 @@ def convert(
     _require_model(model)
     _require_schedule(schedule)
     check_flags(from_now=from_now, skip_nonfinite=skip_nonfinite)
+    classes = check_counterparts(counterparts, "BatchNorm", "BatchRenorm")
     if momentum != "keep":
         check_numbers(momentum=momentum, eps=0.0)  # type: ignore[arg-type]
 
@@ -135,10 +134,9 @@ def convert(
         if not isinstance(layer, _BatchNorm):
             return "its statistics are fixed, and it goes on inferring by them"
         own = class_of(layer)
-        base = _plain_base(own)
-        after = COUNTERPARTS.get(base) if base else None
+        after = renorm_for(own, classes)
         if after is None:
-            return "a subclass with methods of its own"
+            return STRANGER
         if "forward" in vars(layer):
             return "its forward has been replaced"
         taken = _NEW & {*vars(layer), *layer._buffers, *layer._parameters, *layer._modules}
@@ -166,6 +164,7 @@ def fold(
     model: nn.Module,
     *,
     skip: Skip | Iterable[Skip] = (),
+    counterparts: Classes | None = None,
     report: Callable[[Report], object] | None = None,
 ) -> nn.Module:
     """Turns every Batch Renorm of a model into the BatchNorm of the same inference, in place, and
@@ -187,8 +186,9 @@ def fold(
     same.
 
     Args:
-        model, skip, report: as in :func:`convert`. Subclasses of BatchRenorm1d, ... are left alone,
-            with a warning.
+        model, skip, report: as in :func:`convert`.
+        counterparts: {OwnRenorm: OwnNorm}; other subclasses with methods are left alone, with a
+            warning.
 
     Raises:
         ValueError, TypeError: naming the argument or the layer and what it got, before anything has
@@ -196,32 +196,21 @@ def fold(
             (float32: outside 1.1e-19 ... 1.8e19).
     """
     _require_model(model)
-    back = {after: before for before, after in COUNTERPARTS.items()}
+    classes = check_counterparts(counterparts, "BatchRenorm", "BatchNorm")
     ties: Ties = {}
 
     def plan(layer: nn.Module, name: str) -> Change | str:
-        base = _plain_base(class_of(layer))
-        if base is LazySyncBatchRenorm:
+        own = class_of(layer)
+        if standard(own) is LazySyncBatchRenorm:
             return "torch has no lazy SyncBatchNorm, and it has not seen a batch yet"
-        if base not in back:
-            return "a subclass with methods of its own"
+        after = norm_for(own, classes)
+        if after is None:
+            return STRANGER
         if "forward" in vars(layer):
             return "its forward has been replaced"
-        return _to_norm(layer, name, back[base], ties)
+        return _to_norm(layer, name, after, ties)
 
     return swap_layers(model, "Batch Renorm", _is_renorm, _BatchNorm, plan, skip, report)
-
-
-_SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
-    BatchRenorm1d: SyncBatchRenorm,
-    BatchRenorm2d: SyncBatchRenorm,
-    BatchRenorm3d: SyncBatchRenorm,
-    SyncBatchRenorm: SyncBatchRenorm,
-    LazyBatchRenorm1d: LazySyncBatchRenorm,
-    LazyBatchRenorm2d: LazySyncBatchRenorm,
-    LazyBatchRenorm3d: LazySyncBatchRenorm,
-    LazySyncBatchRenorm: LazySyncBatchRenorm,
-}
 
 
 def convert_sync(
@@ -229,6 +218,7 @@ def convert_sync(
     process_group: dist.ProcessGroup | None = None,
     *,
     skip: Skip | Iterable[Skip] = (),
+    counterparts: Classes | None = None,
     report: Callable[[Report], object] | None = None,
 ) -> nn.Module:
     """Turns every Batch Renorm of a model into a SyncBatchRenorm, in place, and returns the model.
@@ -245,20 +235,22 @@ def convert_sync(
         process_group: which processes normalise together; None: all, the default group of
             torch.distributed, which may be initialised later.
         skip, report: as in :func:`convert`.
+        counterparts: {OwnRenorm: OwnSyncRenorm}, the latter a subclass of SyncBatchRenorm.
 
     Raises:
         ValueError, TypeError: as :func:`convert`, before anything has changed.
     """
     _require_model(model)
     check_group(process_group)
+    classes = check_counterparts(counterparts, "BatchRenorm", "SyncBatchRenorm")
 
     def plan(layer: nn.Module, name: str) -> Change | str:
-        base = _plain_base(class_of(layer))
-        if base not in _SYNCHRONISED:
-            return "a subclass with methods of its own"
+        after = sync_for(class_of(layer), classes)
+        if after is None:
+            return STRANGER
         if "forward" in vars(layer):
             return "its forward has been replaced"
-        cls = like(layer, _SYNCHRONISED[base])
+        cls = like(layer, after)
         buffers = {name: t for name, t in layer._buffers.items() if name in BUFFERS}
         return Change(layer, cls, {"process_group": process_group}, set(), buffers, {})
 
@@ -287,31 +279,6 @@ def _is_renorm(module: nn.Module) -> bool:
     return isinstance(module, _BatchRenorm)
 
 
-_INERT = {
-    "__init__",
-    "__module__",
-    "__qualname__",
-    "__doc__",
-    "__annotations__",
-    "__annotate_func__",
-    "__annotations_cache__",
-    "__parameters__",
-    "__firstlineno__",
-    "__static_attributes__",
-}
-
-
-def _plain_base(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The layer of the tables that a class is, but for its constructor."""
-    table = {*COUNTERPARTS, *COUNTERPARTS.values(), *_SYNCHRONISED.values()}
-    for base in cls.__mro__:
-        if base in table:
-            return base
-        if vars(base).keys() - _INERT:
-            return None
-    return None
-
-
 def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.device | None]:
     for t in (*layer.parameters(recurse=True), layer.running_mean):
         if t is not None and t.is_floating_point():
@@ -331,7 +298,7 @@ def _to_renorm(
     dtype, device = _dtype_and_device(layer)
     size = () if issubclass(cls, _LazyBatchRenorm) else (layer.num_features,)
     try:
-        fresh = cls(
+        fresh = standard(cls)(
             *size,
             layer.eps,
             momentum,
@@ -391,7 +358,7 @@ def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module], ties: Ties) -> C
             with torch.no_grad():
                 wide[p] = p.float()
     settings: dict[str, Any] = {"eps": eps}
-    if cls is nn.SyncBatchNorm:
+    if issubclass(cls, nn.SyncBatchNorm):
         settings["process_group"] = getattr(layer, "process_group", None)
     renamed = {"running_std": ("running_var",)}
     obsolete = set(_RENORM_ATTRIBUTES)

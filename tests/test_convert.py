@@ -354,7 +354,7 @@ def test_a_subclass_with_methods_is_left_alone_aloud():
     assert str(reports[0]) == (
         "1 of 2 layers changed\n"
         "  0  Plain -> BatchRenorm1d\n"
-        "  1  Own left alone: a subclass with methods of its own"
+        "  1  Own left alone: a subclass with methods of its own, and not in counterparts"
     )
 
 
