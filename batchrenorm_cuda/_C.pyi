@@ -16,7 +16,7 @@ class BuildInfo(TypedDict):
 def build_info() -> BuildInfo: ...
 
 class Plan:
-    """How one pass is cut into blocks; csrc/core/plan.h explains the fields."""
+    """How one pass is cut into blocks; csrc/core/geometry.h explains the fields."""
 
     slot_bytes: int
     columns: int

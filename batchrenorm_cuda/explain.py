@@ -1,6 +1,7 @@
 """How launches would look and what they would move, on a machine without a GPU.
 
-Nothing here is measured: plans are the planner's own (csrc/core/plan.h), times come from its model.
+Nothing here is measured: plans are the planner's own (csrc/core/plan.h), times come from its model
+(csrc/core/cost.h).
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def expect(
     )
 
 
-# The planner's model is of an H200 (csrc/core/plan.h, estimate()): a cost for the launch and the
+# The planner's model is of an H200 (csrc/core/cost.h, estimate()): a cost for the launch and the
 # first load, which any chip has, and the rest at an H200's bandwidth for each SM, scaled here.
 _FIXED_US = 3.3
 _MODEL_BYTES_PER_US_OF_SM = 4.3e6 / 132

@@ -1,5 +1,5 @@
 // Times every plan that a planner might choose, not only the one that it does: what the numbers in
-// csrc/core/plan.h are to be set by. The kernels are the shipped ones; only the plan differs.
+// csrc/core/cost.h are to be set by. The kernels are the shipped ones; only the plan differs.
 //
 //   nvcc -O3 -std=c++17 -arch=native bench/sweep.cu csrc/kernels/{forward,backward}.cu -o sweep
 //   ./sweep [seconds]

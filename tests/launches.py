@@ -424,7 +424,7 @@ def plan_for(emulator: Emulator, which: Pass, problem: Problem, choice: dict[str
 
 
 def slots_per_thread(which: Pass, slot_bytes: int) -> int:
-    """As the kernels are compiled for: csrc/core/plan.h."""
+    """As the kernels are compiled for: csrc/core/geometry.h."""
     most = 128 if which == Pass.FORWARD else 64
     return min(most // slot_bytes, 16)
 

@@ -73,7 +73,7 @@ class Resources:
 
     @property
     def blocks_per_sm(self) -> int:
-        """csrc/core/plan.h: blocks_per_sm. merge is one block in all."""
+        """csrc/core/geometry.h: blocks_per_sm. merge is one block in all."""
         if self.kernel == "merge" or self.dtype == "float64":
             return 1
         return 3 if self.layout in ("channels_first", "unaligned") else 2

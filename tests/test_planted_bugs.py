@@ -447,7 +447,7 @@ BUGS = [
     ),
     Bug(
         "less shared memory than the rounds take",
-        "core/plan.h",
+        "core/geometry.h",
         "plan.retained * retained_round_bytes(plan, pass)",
         "plan.retained * retained_round_bytes(plan, pass) / 2",
         kernel="backward",
@@ -455,7 +455,7 @@ BUGS = [
     ),
     Bug(
         "a round too many is retained",
-        "core/plan.h",
+        "core/geometry.h",
         "place < retained;",
         "place <= retained;",
         says="beyond the block's dynamic shared memory",

@@ -126,8 +126,8 @@ void define(py::module_& m) {
   const auto plan_field = [](auto field) {
     return py::cpp_function([field](const LaunchPlan& l) { return l.plan.*field; });
   };
-  py::class_<LaunchPlan>(m, "Plan",
-                         "How one pass is cut into blocks; csrc/core/plan.h explains the fields.")
+  py::class_<LaunchPlan>(
+      m, "Plan", "How one pass is cut into blocks; csrc/core/geometry.h explains the fields.")
       .def_property_readonly("slot_bytes", plan_field(&Plan::slot_bytes))
       .def_property_readonly("columns", plan_field(&Plan::columns))
       .def_property_readonly("slots", plan_field(&Plan::slots))

@@ -14,7 +14,7 @@
 // it. Slots are cut from chunks.
 #pragma once
 
-#include "../core/plan.h"
+#include "../core/geometry.h"
 #include "plans.h"
 #include "require.h"
 

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "../core/divisor.h"
+#include "../core/geometry.h"
 #include "../core/math.h"
-#include "../core/plan.h"
 #include "launch.h"
 #include "registers.cuh"
 

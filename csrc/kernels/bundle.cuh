@@ -6,7 +6,7 @@
 // depends on the plan alone.
 #pragma once
 
-#include "../core/plan.h"
+#include "../core/geometry.h"
 #include "reduce.cuh"
 #include "slab.cuh"
 

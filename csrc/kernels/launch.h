@@ -5,8 +5,8 @@
 // T is the dtype of the problem; Real is float, and double for double tensors.
 #pragma once
 
+#include "../core/geometry.h"
 #include "../core/math.h"
-#include "../core/plan.h"
 #include "../core/types.h"
 
 #include <cstdint>

@@ -10,7 +10,7 @@
 //                   6 blocks, a slab of 64 channels                                      20, so 10
 #pragma once
 
-#include "../core/plan.h"
+#include "../core/geometry.h"
 #include "reduce.cuh"
 #include "slab.cuh"
 #include "vector.cuh"

@@ -10,7 +10,7 @@
 // block's barriers between take() and fetch(), in slab_merge() and team_barrier(), are.
 #pragma once
 
-#include "../core/plan.h"
+#include "../core/geometry.h"
 #include "shared.cuh"
 #include "slab.cuh"
 #include "vector.cuh"

@@ -7,8 +7,8 @@
 #pragma once
 
 #include "../core/divisor.h"
+#include "../core/geometry.h"
 #include "../core/math.h"
-#include "../core/plan.h"
 
 #include <cuda_runtime.h>
 

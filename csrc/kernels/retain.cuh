@@ -5,7 +5,7 @@
 // not exist are stored too, as the zeros that they were loaded as: that costs no test.
 #pragma once
 
-#include "../core/plan.h"
+#include "../core/geometry.h"
 #include "shared.cuh"
 #include "vector.cuh"
 

@@ -2,7 +2,7 @@
 // thread.
 #pragma once
 
-#include "../core/plan.h"
+#include "../core/geometry.h"
 
 #include <cuda_runtime.h>
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/divisor.h"
-#include "../core/plan.h"
+#include "../core/geometry.h"
 #include "registers.cuh"
 
 #include <cuda_runtime.h>

@@ -3,7 +3,7 @@
 // is added.
 #pragma once
 
-#include "../core/plan.h"
+#include "../core/geometry.h"
 #include "reduce.cuh"
 #include "slab.cuh"
 #include "vector.cuh"

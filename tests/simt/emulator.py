@@ -86,7 +86,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """csrc/core/plan.h, field by field."""
+    """csrc/core/geometry.h, field by field."""
 
     slot_bytes: int
     columns: int
