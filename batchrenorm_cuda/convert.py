@@ -73,8 +73,8 @@ def convert(
     it. So is a layer with statistics that it does not update (track_running_stats set to
     False after construction), which is there to normalise by the batch alone, and one inside a
     fused module of torch.ao for training, which reads its running_var, and a FrozenBatchNorm2d as
-    torchvision and detectron2 have it. A module of your own that reads running_var has to be
-    skipped.
+    torchvision and detectron2 have it. A module of your own may read running_var, and has to be
+    skipped if it writes it.
 
     Args:
         model: any module; its BatchNorms may be shared or nested.

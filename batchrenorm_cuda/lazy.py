@@ -57,6 +57,11 @@ class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
             self.register_buffer("num_batches_tracked", counter)
             self.register_buffer("schedule", schedule.as_tensor(device))
 
+    @property
+    def running_var(self) -> Tensor | None:
+        """Without a size, too, as long as running_std is."""
+        return self.running_std if is_lazy(self.running_std) else super().running_var
+
     def reset_running_stats(self) -> None:
         if not self.has_uninitialized_params():
             super().reset_running_stats()

@@ -3,6 +3,7 @@ nothing else."""
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,6 +103,16 @@ class _BatchRenorm(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
         self.reset_parameters()
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """running_std squared, less eps: for code that reads a BatchNorm's to fold or export it,
+        and divides by sqrt(running_var + eps). A new tensor each time, of the dtype of running_std;
+        writing to it changes nothing in the layer. Negative where running_std < sqrt(eps)."""
+        std = self.running_std
+        if std is None:
+            return None
+        return (std.double().square() - self.eps).to(std.dtype)
 
     def reset_running_stats(self) -> None:
         """Back to mean 0, standard deviation 1, and no batch seen."""
@@ -354,6 +365,14 @@ class _BatchRenorm(nn.Module):
             except (ValueError, TypeError) as error:
                 error_msgs.append(str(error))
                 return
+            has_mean, has_std = (f"{prefix}running_{s}" in state_dict for s in ("mean", "std"))
+            if has_mean and not has_std:  # an error later, if the load is strict
+                warnings.warn(
+                    f"{prefix}running_mean is loaded without a running_std or running_var, so that "
+                    "mean and standard deviation do not belong together. If the state was picked "
+                    "by the names that this model has, load it whole: running_var is taken, too",
+                    stacklevel=2,
+                )
         self._load_state_dict_pre_hooks = OrderedDict(
             (key, hook) for key, hook in hooks.items() if key == lazy
         )
@@ -515,6 +534,7 @@ class BatchRenorm1d(_BatchRenorm):
             deviations, with eps in them.
         num_batches_tracked: buffer, int64: training batches seen.
         schedule: buffer, float64 [5]: see :meth:`set_schedule` and RenormSchedule.
+        running_var: property, running_std squared less eps, for what reads a BatchNorm's.
         statistics_frozen: attribute, not saved: see :func:`batchrenorm_cuda.freeze_statistics`.
 
     load_state_dict takes the state of a BatchNorm too: running_std = sqrt(running_var + eps), and

@@ -69,10 +69,13 @@ def test_before_the_first_batch():
     layer = LazyBatchRenorm2d(schedule=SCHEDULE)
     assert isinstance(layer.weight, UninitializedParameter)
     assert isinstance(layer.running_std, UninitializedBuffer)
+    assert isinstance(layer.running_var, UninitializedBuffer)
+    assert LazyBatchRenorm2d(track_running_stats=False).running_var is None
     assert "LazyBatchRenorm2d(0, " in repr(layer)
     layer.reset_parameters(), layer.reset_running_stats()
     layer.set_schedule(RenormSchedule.constant(2.0, 1.0))
     layer(torch.randn(2, 3, 4, 4))
+    assert layer.running_var.shape == (3,)
     assert RenormSchedule.from_tensor(layer.schedule) == RenormSchedule.constant(2.0, 1.0)
 
 

@@ -274,6 +274,38 @@ def test_statistics_may_be_taken_away():
     torch.testing.assert_close(fold(module)(x), norm(x))
 
 
+@each_device()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_reads_running_var_infers_the_same(dtype, device):
+    """Fusions and exporters of many libraries do so for whatever stands where a BatchNorm stood."""
+    layer = BatchRenorm2d(4, eps=1e-3, device=device, dtype=dtype).eval()
+    with torch.no_grad():
+        layer.running_std.copy_(torch.tensor([0.01, 0.0317, 0.5, 300.0]))  # sqrt(eps): 0.0316
+        layer.running_mean.uniform_(-1, 1)
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.uniform_(-1, 1)
+    var = layer.running_var
+    assert var.dtype == layer.running_std.dtype and var[0] < 0 < var[1]
+    torch.testing.assert_close((var + layer.eps).sqrt(), layer.running_std)
+    assert "running_var" not in layer.state_dict() and "running_var" not in dict(
+        layer.named_buffers()
+    )
+
+    conv = nn.Conv2d(3, 4, 3, device=device, dtype=torch.float64).eval()
+    x = torch.randn(2, 3, 6, 6, device=device, dtype=torch.float64)
+    fused = nn.utils.fuse_conv_bn_eval(conv, layer.double())
+    torch.testing.assert_close(fused(x), layer(conv(x)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [None, torch.ones(3)])
+def test_running_var_is_for_reading(value):
+    """A value that the layer does not keep must not seem to be taken."""
+    layer = BatchRenorm1d(3)
+    with pytest.raises(AttributeError, match="running_var"):
+        layer.running_var = value
+    assert BatchRenorm1d(3, track_running_stats=False).running_var is None
+
+
 def test_the_arguments_of_batch_norm_come_first_and_in_order():
     module = BatchRenorm2d(4, 1e-3, 0.1, True, False, "meta", torch.float16)
     found = (module.eps, module.momentum, module.affine, module.track_running_stats)

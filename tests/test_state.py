@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -298,6 +299,21 @@ def test_a_counter_that_went_through_half_precision_loads_if_it_did_fit(assign):
     state["num_batches_tracked"] = torch.tensor(100_000).half()
     with pytest.raises(RuntimeError, match="num_batches_tracked must be finite and .* got inf"):
         module.load_state_dict(state, assign=assign)
+
+
+def test_a_mean_without_its_standard_deviation_is_loaded_aloud():
+    """What loaders leave of a BatchNorm's state that take only the names that the model has."""
+    peer = nn.Sequential(nn.BatchNorm1d(3))
+    peer(torch.randn(8, 3))
+    model = nn.Sequential(BatchRenorm1d(3))
+    picked = {name: t for name, t in peer.state_dict().items() if name in model.state_dict()}
+    with pytest.warns(UserWarning, match="0.running_mean is loaded without a running_std or"):
+        model.load_state_dict(picked, strict=False)
+    assert torch.equal(model[0].running_mean, peer[0].running_mean)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(peer.state_dict(), strict=False)
+        model.load_state_dict({"0.weight": torch.ones(3)}, strict=False)
 
 
 @pytest.mark.parametrize("form", [torch.Tensor.to_sparse, lambda t: t + 0j], ids=["sparse", "0j"])
