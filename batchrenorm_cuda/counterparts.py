@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .lazy import LazyBatchRenorm1d, LazyBatchRenorm2d, LazyBatchRenorm3d
@@ -39,7 +40,7 @@ _SYNC: Classes = {
 }
 _STANDARD = (*_RENORM, *_NORM, LazySyncBatchRenorm)
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
-    "BatchNorm": tuple(_RENORM),
+    "BatchNorm": (_BatchNorm,),
     "BatchRenorm": (*_NORM, LazySyncBatchRenorm),
     "SyncBatchRenorm": (SyncBatchRenorm, LazySyncBatchRenorm),
 }

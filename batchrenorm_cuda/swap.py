@@ -107,9 +107,13 @@ def swap_layers(
     outcomes: list[Outcome] = []
     changes: list[Change] = []
     found = _find(model, wanted, _skips(skip))
+    around: dict[nn.Module, str] = {}  # what has been left alone, of all that is in it
     for layer, names, skipped in found:
         with torch.inference_mode(False):  # which would make tensors that training cannot use
-            planned = "skip" if skipped else plan(layer, names[0])
+            planned = "skip" if skipped else around.get(layer) or plan(layer, names[0])
+        if isinstance(planned, str) and planned != "skip":
+            for inner in layer.modules():
+                around.setdefault(inner, f"it is part of {names[0] or 'the model'}")
         own = type(layer).__name__
         if isinstance(planned, str):
             outcomes.append(Outcome(names, own, None, planned))

@@ -358,6 +358,27 @@ def test_a_subclass_with_methods_is_left_alone_aloud():
     )
 
 
+class Split(nn.BatchNorm1d):
+    """As timm's SplitBatchNorm2d: norms for the other parts of a batch are in the first one's."""
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.others = nn.ModuleList([nn.BatchNorm1d(n)])
+
+    def forward(self, x):
+        one, other = x.chunk(2)
+        return torch.cat([super().forward(one), self.others[0](other)])
+
+
+def test_what_is_inside_a_layer_left_alone_is_left_alone_too():
+    """Half a layer that renormalizes would be neither."""
+    model = nn.Sequential(Split(3), nn.BatchNorm1d(3))
+    with pytest.warns(UserWarning, match="0.others.0, a BatchNorm1d, .* it is part of 0"):
+        convert(model)
+    kinds = [type(m) for m in model.modules() if isinstance(m, (nn.BatchNorm1d, BatchRenorm1d))]
+    assert kinds == [Split, nn.BatchNorm1d, BatchRenorm1d]
+
+
 class OwnRenorm(BatchRenorm1d):
     def forward(self, x):
         return super().forward(x) + 1

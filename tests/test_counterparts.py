@@ -94,6 +94,20 @@ def test_a_synchronised_pair():
     assert model(torch.randn(5, 2)).shape == (5, 2) and model[0].seen == 1
 
 
+class BatchNormXd(nn.modules.batchnorm._BatchNorm):
+    """What Lightning and mmengine make of a SyncBatchNorm for one process: of any dimension."""
+
+    def _check_input_dim(self, x):
+        pass
+
+
+def test_a_norm_of_any_dimension():
+    layer = convert(BatchNormXd(3), counterparts={BatchNormXd: SyncBatchRenorm})
+    assert type(layer) is SyncBatchRenorm
+    assert layer(torch.randn(2, 3, 4)).shape == layer(torch.randn(2, 3, 4, 1))[..., 0].shape
+    assert type(fold(layer, counterparts={SyncBatchRenorm: BatchNormXd})) is BatchNormXd
+
+
 def test_a_standard_layer_may_be_given_another_counterpart():
     layer = convert(nn.BatchNorm2d(3), counterparts={nn.BatchNorm2d: BatchRenormAct2d})
     assert type(layer) is BatchRenormAct2d
