@@ -139,11 +139,17 @@ class _BatchRenorm(nn.Module):
 
         The buffer is overwritten in place: compiled code is not recompiled, captured CUDA graphs
         see the change, and the host does not wait for the device, unless from_now has it read
-        num_batches_tracked.
+        num_batches_tracked. While a graph is captured it is a RuntimeError.
         """
         _require_schedule(schedule)
         check_flags(from_now=from_now)
         self._require_statistics("schedule cannot be set")
+        if self.schedule.is_cuda and torch.cuda.is_current_stream_capturing():
+            # The copy is from memory of this call, which a replay would read again.
+            raise RuntimeError(
+                "schedule cannot be set while a CUDA graph is captured: set it between replays, "
+                "which see the change"
+            )
         if from_now:
             schedule = later(schedule, batches_seen(self.num_batches_tracked))
         self._schedule = schedule

@@ -12,6 +12,11 @@ from batchrenorm_cuda import _C
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
+# cuDNN's convolutions, in networks around the layers: in all of float32's digits and the same every
+# time, so that what differs is ours.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
+
 REQUIRE_GPU = os.environ.get("BATCHRENORM_REQUIRE_GPU") == "1"
 
 

@@ -159,3 +159,14 @@ def test_reduce_overhead_in_inference():
             torch.compiler.cudagraph_mark_step_begin()
             assert_close([compiled(x).clone()], [twin(x)])
     assert_close(model.buffers(), twin.buffers())
+
+
+def test_limits_are_not_set_within_a_capture():
+    """It would record a copy from memory that is gone when the graph is replayed."""
+    layer = BatchRenorm1d(4, device="cuda")
+    before, graph = layer.schedule.clone(), torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured: set it between"):
+        with torch.cuda.graph(graph):
+            layer.running_mean.add_(0)
+            layer.set_limits(2.0, 1.0)
+    assert torch.equal(layer.schedule, before)
