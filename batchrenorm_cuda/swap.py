@@ -124,7 +124,9 @@ def swap_layers(
         change.make()
 
     if not found and not any(isinstance(m, after) for m in model.modules()):
-        warnings.warn(f"{type(model).__name__} has no {kind} to change", stacklevel=3)
+        warnings.warn(
+            f"{type(model).__name__} has no {kind} to change{_peers(model)}", stacklevel=3
+        )
     result = Report(tuple(outcomes))
     alike: dict[tuple[str, str], list[str]] = {}  # a warning for each kind: there may be dozens
     for outcome in result.left:
@@ -141,6 +143,17 @@ def swap_layers(
     if report is not None:
         report(result)
     return model
+
+
+def _peers(model: nn.Module) -> str:
+    """What to say of the Batch Renorms of other libraries in a model."""
+    found = [type(m) for m in model.modules() if "batchrenorm" in type(m).__name__.lower()]
+    if not found:
+        return ""
+    return (
+        f", and {len(found)} {found[0].__name__} of {found[0].__module__}: put layers of this "
+        "package in their places, and batchrenorm_cuda.adopt reads their state"
+    )
 
 
 def _find(

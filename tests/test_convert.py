@@ -477,6 +477,14 @@ def test_doing_it_twice_or_where_there_is_nothing():
             change(nn.Linear(2, 2))
 
 
+def test_another_librarys_batch_renorm_is_told_from_nothing():
+    class BatchRenorm1d(nn.Linear):
+        pass
+
+    with pytest.warns(UserWarning, match="no BatchNorm to change, and 2 BatchRenorm1d of .*adopt"):
+        convert(nn.Sequential(BatchRenorm1d(2, 2), BatchRenorm1d(2, 2)))
+
+
 @pytest.mark.parametrize(
     "options",
     [
