@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from subprocess import call, getoutput
 
-import setuptools
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
@@ -27,6 +27,8 @@ CPU = [f"csrc/cpu/{n}.cpp" for n in [*PASSES, "isa", "isa_baseline", "isa_avx2",
 KERNELS = [f"csrc/kernels/{name}.cu" for name in PASSES]
 CUDA, NO_CUDA = ["csrc/binding/cuda.cpp", *KERNELS], ["csrc/binding/no_cuda.cpp"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11
+LINK = {"linux": "-shared -Wl,--no-as-needed,--exclude-libs,ALL"}
+LINK["darwin"] = "-bundle -undefined dynamic_lookup"
 
 # Without errno and traps, loops over channels become vectors: 9% of (1, 2048, 7, 7) forward.
 NINJA = """builddir = {out}
@@ -39,7 +41,7 @@ rule compile
   deps = gcc
   description = $in
 rule link
-  command = {cxx} -shared $in -o $out {libraries} -Wl,--exclude-libs,ALL
+  command = {cxx} $in -o $out {link}
   description = $out
 """
 
@@ -73,8 +75,7 @@ def choose_toolkit(torch_version: str, torch_cuda: str | None) -> tuple[Path | N
     """Root and version of the toolkit to build with, or None; and why."""
     if (requested := os.environ.get("BATCHRENORM_CUDA")) == "0":
         return None, "", "BATCHRENORM_CUDA=0"
-    toolkits = list(find_toolkits())
-    if not toolkits:
+    if not (toolkits := list(find_toolkits())):
         if requested:
             sys.exit("error: BATCHRENORM_CUDA=1, but no toolkit is found. Set CUDA_HOME to one.")
         return None, "", "no CUDA toolkit found; to use one, set CUDA_HOME and build again"
@@ -108,7 +109,7 @@ def gencode(arch: str) -> str:
 
 
 class Build(build_ext):
-    def build_extension(self, ext: setuptools.Extension) -> None:
+    def build_extension(self, ext: Extension) -> None:
         torch, torch_version, torch_cuda = find_torch()
         cuda, nvcc, why = choose_toolkit(torch_version, torch_cuda)
         arches, seen = choose_architectures(cuda / "bin/nvcc") if cuda else ([], "")
@@ -116,12 +117,13 @@ class Build(build_ext):
         print(f"batchrenorm_cuda: {what}{why}), against torch {torch_version}", flush=True)
         flags = f"-W -Wall -isystem {torch}/include -isystem {sysconfig.get_path('include')}"
         flags += f" -isystem {cuda}/include" * bool(cuda) + " " + os.environ.get("CXXFLAGS", "")
-        libraries = f"-L{torch}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu"
+        link = LINK.get(sys.platform) or sys.exit("error: needs Linux, macOS or, on Windows, WSL 2")
+        link += f" -L{torch}/lib -ltorch -ltorch_cpu"
         if cuda:  # the static runtime: torch may have none, or another minor version
-            libraries += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -ldl -lpthread"
+            link += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -ldl -lpthread"
         jobs, cxx = int(os.environ.get("MAX_JOBS") or os.cpu_count()), os.environ.get("CXX", "c++")
         out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}-{nvcc or 'cpu'}")
-        text = NINJA.format(out=out, cxx=cxx, flags=flags, libraries=libraries, cuda=cuda,
+        text = NINJA.format(out=out, cxx=cxx, flags=flags, link=link, cuda=cuda,
                             gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
         about = f"-DBRN_VERSION={self.distribution.get_version()} -DBRN_TORCH={torch_version}"
         about += f" -DBRN_NVCC={nvcc} -DBRN_ARCHITECTURES={','.join(arches)}"
@@ -133,17 +135,15 @@ class Build(build_ext):
         text += f"build {out}/_C.so: link {' '.join(f'{out}/{source}.o' for source in sources)}\n"
         out.mkdir(parents=True, exist_ok=True)
         (out / "build.ninja").write_text(text)
-        if find_spec("ninja") is None:
-            sys.exit("error: needs ninja to build. Run\n  pip install ninja")
+        find_spec("ninja") or sys.exit("error: needs ninja to build. Run\n  pip install ninja")
         if call([sys.executable, "-m", "ninja", f"-j{jobs}", f"-f{out}/build.ninja"]):
             sys.exit("error: the build failed; the first error is above")
-        target = self.get_ext_fullpath(ext.name)
+        self.force, target = True, self.get_ext_fullpath(ext.name)  # also over a newer file
         self.mkpath(os.path.dirname(target))
-        shutil.copy(out / "_C.so", target)
+        self.copy_file(str(out / "_C.so"), target)  # a new file: a process may have the old mapped
 
 
 if __name__ == "__main__":
-    if int(setuptools.__version__.split(".")[0]) < 77:
+    if int(__version__.split(".")[0]) < 77:
         sys.exit("error: needs setuptools 77 or newer. Run\n  pip install 'setuptools>=77,<82'")
-    extension = setuptools.Extension("batchrenorm_cuda._C", [])
-    setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+    setup(ext_modules=[Extension("batchrenorm_cuda._C", [])], cmdclass={"build_ext": Build})

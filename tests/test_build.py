@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from setuptools import Distribution
 
 from batchrenorm_cuda import _C, __version__
 
@@ -68,6 +69,14 @@ def test_no_torch_or_an_old_one_is_one_message(setup_py, monkeypatch, tmp_path, 
     with pytest.raises(SystemExit, match=f"2.11 or newer.* found {version or 'none'}") as stopped:
         setup_py.find_torch()
     assert "pip install -U torch ninja" in str(stopped.value)
+
+
+def test_another_system_is_one_message(setup_py, monkeypatch):
+    monkeypatch.setenv("BATCHRENORM_CUDA", "0")
+    monkeypatch.setattr(sys, "platform", "win32")
+    command = setup_py.Build(Distribution())
+    with pytest.raises(SystemExit, match="needs Linux, macOS or, on Windows, WSL 2"):
+        command.build_extension(setup_py.Extension("batchrenorm_cuda._C", []))
 
 
 def test_without_cuda_on_request(setup_py, monkeypatch, tmp_path):
@@ -197,6 +206,18 @@ def build(checkout: Path) -> str:
 
 def test_a_second_build_compiles_nothing(checkout):
     assert "no work to do" in build(checkout)
+
+
+def test_a_build_takes_the_place_of_another(checkout, tmp_path):
+    """Of a newer one, too, as when CUDA is left out again; and a process keeps what it has."""
+    (target,) = (checkout / "batchrenorm_cuda").glob("_C.*.so")
+    built = target.read_bytes()
+    target.unlink()
+    target.write_bytes(b"another")
+    os.link(target, tmp_path / "mapped")
+    build(checkout)
+    assert target.read_bytes() == built
+    assert (tmp_path / "mapped").read_bytes() == b"another"
 
 
 def test_a_changed_header_compiles_what_includes_it(checkout):
