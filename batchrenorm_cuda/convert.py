@@ -81,10 +81,10 @@ def convert(
         schedule: limits of r and d, for every layer, by the number of batches that the layer has
             seen.
         momentum: weight of a new batch in the moving averages, for every layer except those of
-            momentum=None, which keep their cumulative average. The default is the paper's, a tenth
-            of BatchNorm's: r and d compare a batch with the averages, which at BatchNorm's 0.1 are
-            made of little more than ten batches themselves. None: cumulative averages everywhere.
-            "keep": each layer's own.
+            momentum=None, which keep their cumulative average, and of 0, whose averages stay as
+            they are. The default is the paper's, a tenth of BatchNorm's: r and d compare a batch
+            with the averages, which at BatchNorm's 0.1 are made of little more than ten batches
+            themselves. None: cumulative averages everywhere. "keep": each layer's own.
         skip: what to leave alone: a name or fnmatch pattern ("backbone", "*.downsample.1"), a type,
             a module, a predicate of name and module, or several of them. Each stands for the module
             and all inside it. A layer of several names is left alone if one of them is.
@@ -117,7 +117,7 @@ def convert(
         wanted = schedule, skip_nonfinite, momentum
         others = 0
         for m in layers_of(model).values():
-            keeps = momentum == "keep" or m.momentum is None
+            keeps = momentum == "keep" or not m.momentum
             has = m._schedule, m.skip_nonfinite, momentum if keeps else m.momentum
             others += has != wanted
         if others and wanted != (RenormSchedule(), False, 0.01):
@@ -152,7 +152,7 @@ def convert(
             return "its statistics are parametrized"
         batches = batches_seen(layer._buffers.get("num_batches_tracked") if tracks else None, name)
         limits = later(schedule, batches) if from_now else schedule
-        keeps = momentum == "keep" or layer.momentum is None
+        keeps = momentum == "keep" or not layer.momentum
         return _to_renorm(
             layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
         )

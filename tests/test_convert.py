@@ -140,10 +140,12 @@ def test_options_and_dtypes(options, dtype):
 
 
 @pytest.mark.parametrize(
-    ("momentum", "expected"), [(0.05, [0.05, None]), ("keep", [0.3, None]), (None, [None, None])]
+    ("momentum", "expected"),
+    [(0.05, [0.05, None, 0]), ("keep", [0.3, None, 0]), (None, [None, None, 0])],
 )
 def test_momentum(momentum, expected):
-    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3), nn.BatchNorm1d(3, momentum=None))
+    """None is the cumulative average, and 0 what some freeze statistics by."""
+    model = nn.Sequential(*(nn.BatchNorm1d(3, momentum=own) for own in (0.3, None, 0.0)))
     assert [layer.momentum for layer in convert(model, momentum=momentum)] == expected
 
 
