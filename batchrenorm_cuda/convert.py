@@ -324,6 +324,8 @@ def _to_renorm(
             made_of = id(source), eps, buffers[n].dtype
             buffers[n] = ties.setdefault(made_of, state[f"{prefix}{n}"])
     settings = {k: vars(fresh)[k] for k in _RENORM_ATTRIBUTES} | {"momentum": momentum}
+    if hasattr(fresh, "process_group"):  # a SyncBatchNorm's; of another layer: all processes
+        settings["process_group"] = getattr(layer, "process_group", None)
     # Without statistics in it a state_dict has no schedule either.
     renamed = {"running_var": ("running_std", "schedule")}
     return Change(layer, like(layer, cls), settings, set(), buffers, renamed)

@@ -45,6 +45,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "SyncBatchRenorm": (SyncBatchRenorm, LazySyncBatchRenorm),
 }
 
+# What a class may have that makes its objects do nothing else.
 _INERT = {
     "__init__",
     "__module__",
@@ -107,7 +108,6 @@ def _counterpart(
     for base in cls.__mro__:
         found = own.get(base) or known.get(base) or elsewhere(base)
         if found is not None:
-            return found
-        if vars(base).keys() - _INERT:  # more than a constructor
-            return None
+            others = {*cls.__mro__} - {*base.__mro__}
+            return None if any(vars(c).keys() - _INERT for c in others) else found
     return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn import init
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ._ops import statistic_dtype
@@ -110,9 +111,7 @@ class _BatchRenorm(nn.Module):
         and divides by sqrt(running_var + eps). A new tensor each time, of the dtype of running_std;
         writing to it changes nothing in the layer. Negative where running_std < sqrt(eps)."""
         std = self.running_std
-        if std is None:
-            return None
-        return (std.double().square() - self.eps).to(std.dtype)
+        return None if std is None else std.square() - self.eps
 
     def reset_running_stats(self) -> None:
         """Back to mean 0, standard deviation 1, and no batch seen."""
@@ -278,8 +277,9 @@ class _BatchRenorm(nn.Module):
     _leaf: Callable[..., Tensor] = forward
 
     def _traced(self, input: Proxy) -> Proxy:
-        """A leaf of torch.fx, which takes modules of torch.nn alone for leaves. Where a subclass,
-        or the object, has a forward of its own, that is traced, and this layer's a leaf in it."""
+        """A leaf of torch.fx, which takes modules of torch.nn alone for leaves. What is around it,
+        hooks and the forward of a subclass or of the object, has been traced: they would come twice
+        if the leaf were the module."""
         tracer = input.tracer
         if tracer.root is self:
             raise TraceError(
@@ -287,7 +287,8 @@ class _BatchRenorm(nn.Module):
                 "trace torch.nn.Sequential(layer)"
             )
         path = tracer.path_of_module(self)
-        if getattr(self.forward, "__func__", None) is type(self)._leaf:
+        alone = getattr(self.forward, "__func__", None) is type(self)._leaf
+        if alone and not (self._forward_hooks or self._forward_pre_hooks):
             return tracer.create_proxy("call_module", path, (input,), {})
         layer = tracer.create_proxy("get_attr", path, (), {})
         return tracer.create_proxy("call_function", leaf_of, (layer, input), {})
@@ -472,9 +473,13 @@ class _BatchRenorm(nn.Module):
         return found
 
 
-def leaf_of(layer: _BatchRenorm, input: Tensor) -> Tensor:
-    """What a layer computes without what a subclass adds to it: a node of torch.fx."""
-    return layer._leaf(input)
+def leaf_of(layer: _BatchRenorm | _BatchNorm, input: Tensor) -> Tensor:
+    """What a layer computes without what is around it: a node of torch.fx. `fold` may have made a
+    BatchNorm of the layer since."""
+    if isinstance(layer, _BatchRenorm):
+        return layer._leaf(input)
+    torchs = next(c for c in type(layer).__mro__ if c.__module__ == _BatchNorm.__module__)
+    return torchs.forward(layer, input)
 
 
 def _is_not_negative(t: Tensor) -> Tensor:

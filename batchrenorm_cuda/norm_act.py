@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .modules import BatchRenorm2d
 from .sync import SyncBatchRenorm
 
-_HOMES = ("timm.layers.norm_act", "timm.models.layers.norm_act")  # the second until 0.6
+_HOME = "timm.layers.norm_act"  # since timm 0.9
 
 
 class BatchRenormAct2d(BatchRenorm2d):
@@ -30,7 +30,7 @@ class SyncBatchRenormAct(SyncBatchRenorm):
 
 
 def _finish(layer: nn.Module, x: Tensor) -> Tensor:
-    for name in ("drop", "act"):  # timm's SyncBatchNormAct may be without, and old versions are
+    for name in ("drop", "act"):  # timm's SyncBatchNormAct may be without
         module = layer._modules.get(name)
         if module is not None:
             x = module(x)
@@ -45,16 +45,15 @@ _RENORMS: dict[str, type[nn.Module]] = {
 
 def renorm_of(cls: type) -> type[nn.Module] | None:
     """What becomes of a class of timm's."""
-    return _RENORMS.get(cls.__name__) if cls.__module__ in _HOMES else None
+    return _RENORMS.get(cls.__name__) if cls.__module__ == _HOME else None
 
 
 def norm_of(cls: type) -> type[nn.Module] | None:
     """The class of timm's that a Batch Renorm of this file was, if timm is there."""
     for name, renorm in _RENORMS.items():
         if cls is renorm:
-            for home in _HOMES:
-                try:
-                    return getattr(import_module(home), name)
-                except ImportError:
-                    continue
+            try:
+                return getattr(import_module(_HOME), name)
+            except ImportError:
+                return None
     return None

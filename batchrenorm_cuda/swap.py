@@ -107,14 +107,19 @@ def swap_layers(
     outcomes: list[Outcome] = []
     changes: list[Change] = []
     found = _find(model, wanted, _skips(skip))
+    plans: list[Change | str] = []
     around: dict[nn.Module, str] = {}  # what has been left alone, of all that is in it
     for layer, names, skipped in found:
         with torch.inference_mode(False):  # which would make tensors that training cannot use
-            planned = "skip" if skipped else around.get(layer) or plan(layer, names[0])
-        if isinstance(planned, str) and planned != "skip":
+            plans.append("skip" if skipped else plan(layer, names[0]))
+        if isinstance(plans[-1], str) and not skipped:
             for inner in layer.modules():
-                around.setdefault(inner, f"it is part of {names[0] or 'the model'}")
+                if inner is not layer:
+                    around.setdefault(inner, names[0] or "the model")
+    for (layer, names, _), planned in zip(found, plans, strict=True):
         own = type(layer).__name__
+        if not isinstance(planned, str) and layer in around:
+            planned = f"it is part of {around[layer]}"
         if isinstance(planned, str):
             outcomes.append(Outcome(names, own, None, planned))
         else:

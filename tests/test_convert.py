@@ -380,6 +380,11 @@ def test_what_is_inside_a_layer_left_alone_is_left_alone_too():
     kinds = [type(m) for m in model.modules() if isinstance(m, (nn.BatchNorm1d, BatchRenorm1d))]
     assert kinds == [Split, nn.BatchNorm1d, BatchRenorm1d]
 
+    split = Split(3)
+    with pytest.warns(UserWarning, match="0, a BatchNorm1d, .* it is part of 1"):
+        convert(nn.Sequential(split.others[0], split))
+    assert type(split.others[0]) is nn.BatchNorm1d
+
 
 class OwnRenorm(BatchRenorm1d):
     def forward(self, x):

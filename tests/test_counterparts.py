@@ -23,6 +23,7 @@ from batchrenorm_cuda import (
     fold,
 )
 from batchrenorm_cuda.norm_act import BatchRenormAct2d, SyncBatchRenormAct
+from batchrenorm_cuda.sync import LazySyncBatchRenorm
 
 torch.set_num_threads(1)
 
@@ -50,6 +51,15 @@ class Renorm(Shifted, BatchRenorm1d):
 
 
 class SyncRenorm(Shifted, SyncBatchRenorm):
+    pass
+
+
+class LazyRenorm(LazyBatchRenorm1d):
+    def prepare(self):
+        pass
+
+
+class LazySyncRenorm(LazySyncBatchRenorm):
     pass
 
 
@@ -93,6 +103,9 @@ def test_a_synchronised_pair():
     assert type(model[0]) is SyncRenorm and model[0].process_group is None
     assert model(torch.randn(5, 2)).shape == (5, 2) and model[0].seen == 1
 
+    lazy = convert_sync(LazyRenorm(), counterparts={LazyRenorm: LazySyncRenorm})
+    assert type(lazy) is LazySyncRenorm
+
 
 class BatchNormXd(nn.modules.batchnorm._BatchNorm):
     """What Lightning and mmengine make of a SyncBatchNorm for one process: of any dimension."""
@@ -105,6 +118,7 @@ def test_a_norm_of_any_dimension():
     layer = convert(BatchNormXd(3), counterparts={BatchNormXd: SyncBatchRenorm})
     assert type(layer) is SyncBatchRenorm
     assert layer(torch.randn(2, 3, 4)).shape == layer(torch.randn(2, 3, 4, 1))[..., 0].shape
+    assert layer.process_group is None and copy.deepcopy(layer).process_group is None
     assert type(fold(layer, counterparts={SyncBatchRenorm: BatchNormXd})) is BatchNormXd
 
 
@@ -120,6 +134,33 @@ def test_a_parametrized_layer_of_a_pair():
     convert(layer, counterparts={Norm: Renorm})
     assert isinstance(layer, Renorm) and parametrize.is_parametrized(layer, "weight")
     assert layer(torch.randn(4, 2)).isfinite().all()
+
+
+class Louder:
+    """Another base, which a pair of only one of the bases would lose."""
+
+    def forward(self, x):
+        return 100 * super().forward(x)
+
+
+class Loud(Norm, Louder):
+    pass
+
+
+class LoudStandard(nn.BatchNorm1d, Louder):
+    pass
+
+
+class LoudRenorm(Renorm, Louder):
+    pass
+
+
+def test_what_another_base_does_is_not_lost():
+    for cls, pairs in ((Loud, {Norm: Renorm}), (LoudStandard, {})):
+        with pytest.warns(UserWarning, match="not in counterparts"):
+            assert type(convert(cls(2), counterparts=pairs)) is cls
+    layer = convert(Loud(2).prepare(1.0), counterparts={Norm: Renorm, Loud: LoudRenorm})
+    assert type(layer) is LoudRenorm
 
 
 @pytest.mark.parametrize(
@@ -205,7 +246,7 @@ def test_a_synchronised_norm_of_timm_goes_on_acting(timm_layers):
     norm = timm_layers.BatchNormAct2d(3, act_layer=nn.SiLU)
     x = torch.randn(4, 3, 5, 5)
     convert_sync(convert(norm))
-    assert type(norm) is SyncBatchRenormAct
+    assert type(norm) is SyncBatchRenormAct and type(convert_sync(norm)) is SyncBatchRenormAct
     y = norm.eval()(x)
     plain = SyncBatchRenorm(3).eval()
     plain.load_state_dict(norm.state_dict())
@@ -220,7 +261,6 @@ def test_a_synchronised_norm_of_timm_goes_on_acting(timm_layers):
 
 def test_without_timm_its_norm_stays_a_batch_renorm(timm_layers, monkeypatch):
     norm = convert(timm_layers.BatchNormAct2d(3))
-    for name in ("timm.layers.norm_act", "timm.models.layers.norm_act"):
-        monkeypatch.setitem(sys.modules, name, None)  # as if not installed
+    monkeypatch.setitem(sys.modules, "timm.layers.norm_act", None)  # as if not installed
     with pytest.warns(UserWarning, match="the model, a BatchRenormAct2d, was left alone: "):
         assert type(fold(norm)) is BatchRenormAct2d

@@ -278,6 +278,30 @@ def test_torch_fx_traces_what_a_subclass_adds(training):
     assert model[1].num_batches_tracked == (2 if training else 0)
 
 
+def test_torch_fx_traces_hooks_once():
+    """They are traced around the layer, which must not run them again."""
+    model = nn.Sequential(BatchRenorm2d(3), BatchRenorm2d(3)).eval()
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    model[1].register_forward_hook(lambda module, args, y: y + 1)
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x), rtol=0, atol=0)
+
+
+def test_a_traced_subclass_may_be_folded():
+    """The node in the graph then finds a BatchNorm in the layer's place."""
+
+    class Norm(nn.BatchNorm2d):
+        def forward(self, x):
+            return 1 + super().forward(2 * x)
+
+    model = nn.Sequential(Activated(3)).eval()
+    nn.init.uniform_(model[0].running_std, 0.5, 2)
+    traced, x = torch.fx.symbolic_trace(model), torch.randn(2, 3, 4, 4)
+    y = model(x)
+    assert type(fold(traced, counterparts={Activated: Norm}).get_submodule("0")) is Norm
+    torch.testing.assert_close(traced(x), y)
+
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()

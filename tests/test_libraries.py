@@ -299,6 +299,7 @@ def test_ultralytics_trains(yolo, boxes, tmp_path):
         assert groups["bn"]["weight_decay"] == 0 and len(groups["bn"]["params"]) == len(
             layers(trainer.model)
         )
+        assert all(torch.equal(m.schedule, SCHEDULE.as_tensor()) for m in layers(trainer.model))
         assert not any(isinstance(owners[id(p)], RENORMS) for p in groups["weight"]["params"])
 
     def stop(trainer):
@@ -559,6 +560,35 @@ def test_crossq(tmp_path):
         torch.testing.assert_close(action(loaded), action(peer))
     finally:
         policies.BatchRenorm1d = peer_class
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+def test_the_crossq_layer_steps_as_its_peer(warmup_steps):
+    """Where its limits set in, and what they are. Batches are big, as it takes unbiased variances,
+    and much wider than eps, which it adds elsewhere."""
+    peers = pytest.importorskip("sb3_contrib.common.torch_layers")
+    import sb3_contrib.crossq.policies as policies
+
+    given = dict(momentum=0.02, eps=1e-4, warmup_steps=warmup_steps)
+    peer = peers.BatchRenorm1d(5, **given)
+    try:
+        layer = recipe("sb3_contrib")["CrossQRenorm"](5, **given)
+    finally:
+        policies.BatchRenorm1d = peers.BatchRenorm1d
+    assert layer.eps == 1e-4
+    torch.manual_seed(0)
+    shifts = [0.1] * warmup_steps + [2.0, 2.0, 1000.0]
+    for step, shift in enumerate(shifts):
+        x = torch.randn(8192, 5) * (30 if shift == 1000 else 1) + shift
+        y, norm = layer(x), (x - x.mean(0)) / x.std(0)
+        torch.testing.assert_close(y, peer(x), rtol=1e-2, atol=1e-2)
+        if step <= warmup_steps:
+            torch.testing.assert_close(y, norm, rtol=1e-3, atol=1e-3)
+        elif shift == 2:
+            assert (y - norm).mean() > 1
+        else:
+            torch.testing.assert_close(y, 3 * norm + 5, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer.running_mean, peer.ra_mean)
 
 
 def test_torchrl_mlp():
