@@ -18,14 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .arguments import HALVES, check_flags, check_numbers
-from .counterparts import (
-    Classes,
-    check_counterparts,
-    norm_for,
-    renorm_for,
-    standard,
-    sync_for,
-)
+from .counterparts import Classes, check_counterparts, norm_for, renorm_for, standard, sync_for
 from .lazy import _LazyBatchRenorm
 from .modules import BatchRenorm1d, _BatchRenorm, _require_schedule, layers_of
 from .schedule import RenormSchedule, batches_seen, later
@@ -38,8 +31,6 @@ Ties = dict[tuple[Any, ...], Any]
 STRANGER = "a subclass with methods of its own, and not in counterparts"
 
 _RENORM_ATTRIBUTES = vars(BatchRenorm1d(1)).keys() - vars(nn.BatchNorm1d(1)).keys()
-
-
 _NEW = {"running_std", "schedule", *_RENORM_ATTRIBUTES}
 
 
@@ -69,12 +60,12 @@ def convert(
     lists of the buffers.
 
     timm's BatchNormAct2d and SyncBatchNormAct are known. Any other subclass of a BatchNorm is left
-    alone, with a warning, unless all that it has of its own is a constructor, or `counterparts` has
-    it. So is a layer with statistics that it does not update (track_running_stats set to
-    False after construction), which is there to normalise by the batch alone, and one inside a
-    fused module of torch.ao for training, which reads its running_var, and a FrozenBatchNorm2d as
-    torchvision and detectron2 have it. A module of your own may read running_var, and has to be
-    skipped if it writes it.
+    alone, with a warning and all inside it, unless all that it has of its own is a constructor, or
+    `counterparts` has it. So is a layer with statistics that it does not update
+    (track_running_stats set to False after construction), which is there to normalise by the batch
+    alone, and one inside a fused module of torch.ao for training, which reads its running_var, and
+    a FrozenBatchNorm2d as torchvision and detectron2 have it. A module of your own may read
+    running_var, and has to be skipped if it writes it.
 
     Args:
         model: any module; its BatchNorms may be shared or nested.

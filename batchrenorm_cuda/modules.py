@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.fx.proxy import TraceError
 from torch.nn import init
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ._ops import statistic_dtype
 from .arguments import FLOATS, check_flags, check_numbers
 from .clipping import Clipping, new_counts
 from .functional import normalise
+from .fx import traced
 from .repeats import copies
 from .schedule import RenormSchedule, batches_seen, later, require_steps_per_update
 
@@ -239,7 +238,7 @@ class _BatchRenorm(nn.Module):
         # looks up its __class__ too, and _check_input_dim takes 0.4 us.
         if type(input) is not Tensor or input.dim() not in self._dims:
             if isinstance(input, Proxy):
-                return self._traced(input)
+                return traced(self, input)
             self._check_input_dim(input)
         # Straight from the dictionaries: Module.__getattr__ would take 0.4 us for each. What is not
         # there is parametrized, or was made an attribute of another kind.
@@ -275,23 +274,6 @@ class _BatchRenorm(nn.Module):
         )
 
     _leaf: Callable[..., Tensor] = forward
-
-    def _traced(self, input: Proxy) -> Proxy:
-        """A leaf of torch.fx, which takes modules of torch.nn alone for leaves. What is around it,
-        hooks and the forward of a subclass or of the object, has been traced: they would come twice
-        if the leaf were the module."""
-        tracer = input.tracer
-        if tracer.root is self:
-            raise TraceError(
-                f"a {type(self).__name__} cannot be traced by itself, since it is a leaf: "
-                "trace torch.nn.Sequential(layer)"
-            )
-        path = tracer.path_of_module(self)
-        alone = getattr(self.forward, "__func__", None) is type(self)._leaf
-        if alone and not (self._forward_hooks or self._forward_pre_hooks):
-            return tracer.create_proxy("call_module", path, (input,), {})
-        layer = tracer.create_proxy("get_attr", path, (), {})
-        return tracer.create_proxy("call_function", leaf_of, (layer, input), {})
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks a module for first; else it fails somewhere inside of torch.
@@ -471,15 +453,6 @@ class _BatchRenorm(nn.Module):
             raise ValueError(f"{prefix}schedule: {error}") from None
         state_dict[f"{prefix}schedule"] = found.as_tensor(schedule.device)
         return found
-
-
-def leaf_of(layer: _BatchRenorm | _BatchNorm, input: Tensor) -> Tensor:
-    """What a layer computes without what is around it: a node of torch.fx. `fold` may have made a
-    BatchNorm of the layer since."""
-    if isinstance(layer, _BatchRenorm):
-        return layer._leaf(input)
-    torchs = next(c for c in type(layer).__mro__ if c.__module__ == _BatchNorm.__module__)
-    return torchs.forward(layer, input)
 
 
 def _is_not_negative(t: Tensor) -> Tensor:

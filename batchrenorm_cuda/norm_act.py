@@ -50,10 +50,10 @@ def renorm_of(cls: type) -> type[nn.Module] | None:
 
 def norm_of(cls: type) -> type[nn.Module] | None:
     """The class of timm's that a Batch Renorm of this file was, if timm is there."""
-    for name, renorm in _RENORMS.items():
-        if cls is renorm:
-            try:
-                return getattr(import_module(_HOME), name)
-            except ImportError:
-                return None
-    return None
+    names = {renorm: name for name, renorm in _RENORMS.items()}
+    if cls not in names:
+        return None
+    try:
+        return getattr(import_module(_HOME), names[cls])
+    except ImportError:
+        return None

@@ -71,12 +71,37 @@ def test_no_torch_or_an_old_one_is_one_message(setup_py, monkeypatch, tmp_path, 
     assert "pip install -U torch ninja" in str(stopped.value)
 
 
+def test_no_ninja_is_one_message(setup_py, monkeypatch, tmp_path):
+    found = setup_py.find_spec
+    monkeypatch.setattr(setup_py, "find_spec", lambda n: None if n == "ninja" else found(n))
+    monkeypatch.setenv("BATCHRENORM_CUDA", "0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="needs ninja to build. Run\n  pip install ninja"):
+        setup_py.Build(Distribution()).build_extension(setup_py.Extension("_C", []))
+
+
 def test_another_system_is_one_message(setup_py, monkeypatch):
     monkeypatch.setenv("BATCHRENORM_CUDA", "0")
     monkeypatch.setattr(sys, "platform", "win32")
-    command = setup_py.Build(Distribution())
     with pytest.raises(SystemExit, match="needs Linux, macOS or, on Windows, WSL 2"):
-        command.build_extension(setup_py.Extension("batchrenorm_cuda._C", []))
+        setup_py.Build(Distribution()).build_extension(setup_py.Extension("_C", []))
+
+
+@pytest.mark.parametrize("target", ["aarch64-macos", "aarch64-linux-gnu"])
+def test_the_cpu_sources_compile_elsewhere(setup_py, target, tmp_path):
+    """With clang, and with vectors of NEON. `pip install ziglang` brings what that takes."""
+    pytest.importorskip("ziglang")
+    include = Path(torch.__file__).parent / "include"
+    command = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-std=c++17", "-O1"]
+    command += ["-W", "-Wall", "-Werror", setup_py.STABLE_ABI, f"-isystem{include}", "-c"]
+    for source in [*setup_py.CPU, "csrc/binding/cpu.cpp", "csrc/binding/schema.cpp"]:
+        done = subprocess.run(
+            [*command, source, "-o", str(tmp_path / "object.o")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{source}\n{done.stderr}"
 
 
 def test_without_cuda_on_request(setup_py, monkeypatch, tmp_path):

@@ -86,8 +86,14 @@ def test_a_pair_of_ones_own_there_and_back(cls):
     assert type(layer) is Renorm and layer.gate is gate and layer.weight is weight
     assert layer.eps == was[0].eps and layer.by == 3.0 and layer.seen == 3
     torch.testing.assert_close(model.eval()(x), was(x))
-    model.train()(x).square().sum().backward()
-    assert layer.num_batches_tracked == 4 and gate.weight.grad is not None
+
+    plain = BatchRenorm1d(2, layer.eps, schedule=RenormSchedule.constant(2, 1))
+    plain.load_state_dict({name: layer.state_dict()[name] for name in plain.state_dict()})
+    dy, inputs = torch.randn(6, 2), (layer.gate.weight, layer.weight)
+    found = torch.autograd.grad(model.train()(x), inputs, dy)
+    want = torch.autograd.grad(plain(gate(x)) + 3, (gate.weight, plain.weight), dy)
+    torch.testing.assert_close(found, want)
+    assert layer.num_batches_tracked == 4 and found[0].abs().max() > 0.01
 
     stepped = copy.deepcopy(model).eval()
     fold(model.eval(), counterparts={Renorm: Norm})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,6 +327,18 @@ def test_nothing_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert limits(layer) == (2.0, 1.0)
+
+
+def test_limits_are_not_set_while_a_graph_is_captured(monkeypatch):
+    """tests/test_cuda_graphs.py does so in earnest; here a stand-in for the buffer is on a GPU."""
+    layer = BatchRenorm1d(3, schedule=UPDATES)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    layer.set_limits(2.0, 1.0)  # which is nothing to a layer on the CPU
+    kept = layer._schedule
+    monkeypatch.setitem(layer._buffers, "schedule", SimpleNamespace(is_cuda=True))
+    with pytest.raises(RuntimeError, match="schedule cannot be set while a CUDA graph is captured"):
+        layer.set_schedule(UPDATES)
+    assert layer._schedule is kept and kept.r_max == 2
 
 
 def test_layers_that_share_a_counter_scale_it_once():
