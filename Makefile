@@ -1,6 +1,6 @@
 # make demo    train on real images where BatchNorm falls behind, print the table, save the plot
 # make test    every test that this machine can run, CUDA kernels included (under an emulator)
-# make lint    ruff and clang-format
+# make lint    ruff, mypy and clang-format
 # make asan    the emulator's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make build   the extension alone, in place
 # make clean   removes what was built and .venv
@@ -44,6 +44,7 @@ test: build
 
 lint: $(READY)
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 asan: build

@@ -3,7 +3,7 @@
 Importing it registers torch.ops.batchrenorm.
 """
 
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 class BuildInfo(TypedDict):
     version: str
@@ -57,13 +57,13 @@ class Plan:
     def retains(self, round: int) -> bool: ...
 
 def plan(
-    pass_: Literal["forward", "backward", "inference"],
+    pass_: str,  # "forward", "backward" or "inference"
     batch: int,
     channels: int,
     spatial: int,
     *,
-    layout: Literal["channels_first", "channels_last"] = "channels_first",
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32",
+    layout: str = "channels_first",  # or "channels_last"
+    dtype: str = "float32",  # "float16", "bfloat16", "float64"
     sm_count: int = 132,
     alignment: int = 16,
     l2_bytes: float = 60e6,

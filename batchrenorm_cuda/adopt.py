@@ -521,7 +521,7 @@ def _require_eps(name: str, value: Any) -> None:
 def _keras_limits(clipping: Mapping[str, float]) -> RenormSchedule:
     if not isinstance(clipping, Mapping) or clipping.keys() - {"rmax", "rmin", "dmax"}:
         raise ValueError(f"renorm_clipping must have rmax, rmin, dmax only, got {clipping!r}")
-    given = {}
+    given: dict[str, float] = {}
     for key, value in clipping.items():
         try:
             given |= {} if value is None else {key: float(value)}

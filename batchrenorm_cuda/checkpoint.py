@@ -110,7 +110,7 @@ def _tape(region: Any) -> _Tape:
 def _hooks() -> list[tuple[Callable, Callable]]:
     """Saved-tensor hooks in force, outermost first. Only the top of their stack can be looked
     at."""
-    found = []
+    found: list[tuple[Callable, Callable]] = []
     while (top := _top_hooks(True)) is not None:
         found.insert(0, top)
         _autograd._pop_saved_tensors_default_hooks()

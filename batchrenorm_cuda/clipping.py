@@ -118,7 +118,7 @@ def counting(
     if not torch.compiler.is_compiling():
         if counts.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError("clipping must not be an inference tensor, which cannot be added to")
-        if any(n > 1 and step == 0 for n, step in zip(counts.shape, counts.stride(), strict=True)):
+        if any(s == 0 and counts.size(i) > 1 for i, s in enumerate(counts.stride())):
             raise ValueError(
                 f"clipping must have a place for each count, got strides {counts.stride()}"
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from .counterparts import Classes, check_counterparts, norm_for, renorm_for, sta
 from .lazy import _LazyBatchRenorm
 from .modules import BatchRenorm1d, _BatchRenorm, _require_schedule, layers_of
 from .schedule import RenormSchedule, batches_seen, later
-from .swap import BUFFERS, Change, Report, Skip, class_of, like, swap_layers
+from .swap import BUFFERS, Change, Model, Report, Skip, class_of, like, swap_layers
 from .sync import LazySyncBatchRenorm, check_group
 
 # What has been made of a buffer, so that layers that share one share what is made of it.
@@ -35,16 +35,16 @@ _NEW = {"running_std", "schedule", *_RENORM_ATTRIBUTES}
 
 
 def convert(
-    model: nn.Module,
+    model: Model,
     *,
     schedule: RenormSchedule = RenormSchedule(),  # noqa: B008  immutable
-    momentum: float | str | None = 0.01,
+    momentum: float | Literal["keep"] | None = 0.01,
     skip: Skip | Iterable[Skip] = (),
     from_now: bool = False,
     skip_nonfinite: bool = False,
     counterparts: Classes | None = None,
     report: Callable[[Report], object] | None = None,
-) -> nn.Module:
+) -> Model:
     """Turns every BatchNorm of a model into a Batch Renorm, in place, and returns the model.
 
     BatchNorm1d, 2d, 3d, SyncBatchNorm and the lazy ones become BatchRenorm1d, 2d, 3d,
@@ -102,7 +102,7 @@ def convert(
     check_flags(from_now=from_now, skip_nonfinite=skip_nonfinite)
     classes = check_counterparts(counterparts, "BatchNorm", "BatchRenorm")
     if momentum != "keep":
-        check_numbers(momentum=momentum, eps=0.0)  # type: ignore[arg-type]
+        check_numbers(momentum=momentum, eps=0.0)
 
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         wanted = schedule, skip_nonfinite, momentum
@@ -139,25 +139,23 @@ def convert(
         tracks = layer._buffers.get("running_mean") is not None
         if tracks != layer.track_running_stats or tracks != (layer.running_var is not None):
             return "track_running_stats does not say whether it has statistics"
-        if is_parametrized(layer) and {"running_mean", "running_var"} & {*layer.parametrizations}:
+        if any(is_parametrized(layer, key) for key in ("running_mean", "running_var")):
             return "its statistics are parametrized"
         batches = batches_seen(layer._buffers.get("num_batches_tracked") if tracks else None, name)
         limits = later(schedule, batches) if from_now else schedule
-        keeps = momentum == "keep" or not layer.momentum
-        return _to_renorm(
-            layer, name, after, limits, layer.momentum if keeps else momentum, skip_nonfinite, ties
-        )
+        new = layer.momentum if momentum == "keep" or not layer.momentum else momentum
+        return _to_renorm(layer, name, after, limits, new, skip_nonfinite, ties)
 
     return swap_layers(model, "BatchNorm", _is_norm, _BatchRenorm, plan, skip, report)
 
 
 def fold(
-    model: nn.Module,
+    model: Model,
     *,
     skip: Skip | Iterable[Skip] = (),
     counterparts: Classes | None = None,
     report: Callable[[Report], object] | None = None,
-) -> nn.Module:
+) -> Model:
     """Turns every Batch Renorm of a model into the BatchNorm of the same inference, in place, and
     returns the model.
 
@@ -190,7 +188,7 @@ def fold(
     classes = check_counterparts(counterparts, "BatchRenorm", "BatchNorm")
     ties: Ties = {}
 
-    def plan(layer: nn.Module, name: str) -> Change | str:
+    def plan(layer: _BatchRenorm, name: str) -> Change | str:
         own = class_of(layer)
         if standard(own) is LazySyncBatchRenorm:
             return "torch has no lazy SyncBatchNorm, and it has not seen a batch yet"
@@ -205,13 +203,13 @@ def fold(
 
 
 def convert_sync(
-    model: nn.Module,
+    model: Model,
     process_group: dist.ProcessGroup | None = None,
     *,
     skip: Skip | Iterable[Skip] = (),
     counterparts: Classes | None = None,
     report: Callable[[Report], object] | None = None,
-) -> nn.Module:
+) -> Model:
     """Turns every Batch Renorm of a model into a SyncBatchRenorm, in place, and returns the model.
 
     What torch.nn.SyncBatchNorm.convert_sync_batchnorm is to a BatchNorm, which knows nothing of
@@ -235,7 +233,7 @@ def convert_sync(
     check_group(process_group)
     classes = check_counterparts(counterparts, "BatchRenorm", "SyncBatchRenorm")
 
-    def plan(layer: nn.Module, name: str) -> Change | str:
+    def plan(layer: _BatchRenorm, name: str) -> Change | str:
         after = sync_for(class_of(layer), classes)
         if after is None:
             return STRANGER
@@ -270,7 +268,7 @@ def _is_renorm(module: nn.Module) -> bool:
     return isinstance(module, _BatchRenorm)
 
 
-def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.device | None]:
+def _dtype_and_device(layer: _BatchNorm) -> tuple[torch.dtype | None, torch.device | None]:
     for t in (*layer.parameters(recurse=True), layer.running_mean):
         if t is not None and t.is_floating_point():
             return t.dtype, t.device
@@ -278,7 +276,7 @@ def _dtype_and_device(layer: nn.Module) -> tuple[torch.dtype | None, torch.devic
 
 
 def _to_renorm(
-    layer: nn.Module,
+    layer: _BatchNorm,
     name: str,
     cls: type[nn.Module],
     schedule: RenormSchedule,
@@ -289,7 +287,7 @@ def _to_renorm(
     dtype, device = _dtype_and_device(layer)
     size = () if issubclass(cls, _LazyBatchRenorm) else (layer.num_features,)
     try:
-        fresh = standard(cls)(
+        fresh: Any = standard(cls)(
             *size,
             layer.eps,
             momentum,
@@ -322,9 +320,11 @@ def _to_renorm(
     return Change(layer, like(layer, cls), settings, set(), buffers, renamed)
 
 
-def _to_norm(layer: nn.Module, name: str, cls: type[nn.Module], ties: Ties) -> Change:
+def _to_norm(layer: _BatchRenorm, name: str, cls: type[nn.Module], ties: Ties) -> Change:
     where = f"{name}." if name else ""
-    buffers = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
+    buffers: dict[str, Tensor | None] = dict.fromkeys(
+        ("running_mean", "running_var", "num_batches_tracked")
+    )
     # torch 2.11 does not infer with an eps of 0. Added to a variance this one is nothing.
     eps = layer.eps or torch.finfo(torch.float32).tiny
     if layer.running_mean is not None:

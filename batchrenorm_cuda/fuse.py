@@ -62,7 +62,9 @@ def fuse_linear_batch_renorm_eval(linear: Linear, norm: _BatchRenorm) -> Linear:
     return _with(linear, linear.weight.detach().double() * scale.view(-1, 1), shift)
 
 
-def _affine(norm: Any, layer: nn.Module, name: str, channels: int) -> tuple[Tensor, Tensor]:
+def _affine(
+    norm: Any, layer: _ConvNd | nn.Linear, name: str, channels: int
+) -> tuple[Tensor, Tensor]:
     """(scale, new bias), float64 [C], of the layer that does the norm's work."""
     if not isinstance(norm, _BatchRenorm):
         raise TypeError(f"norm must be a BatchRenorm, got {type(norm).__name__}")
@@ -84,7 +86,7 @@ def _affine(norm: Any, layer: nn.Module, name: str, channels: int) -> tuple[Tens
     scale = torch.where(std != 0, 1 / std, 0)
     if norm.weight is not None:
         scale = scale * norm.weight.detach().double()
-    bias = 0 if layer.bias is None else layer.bias.detach().double()
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().double()
     shift = (bias - mean) * scale
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()

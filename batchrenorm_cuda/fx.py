@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 
+if TYPE_CHECKING:
+    from .modules import _BatchRenorm
 
-def traced(layer: nn.Module, input: Proxy) -> Proxy:
+
+def traced(layer: _BatchRenorm, input: Proxy) -> Any:
     """The node for a layer's `_leaf`, its forward as this package has it.
 
     What is around that, hooks and the forward of a subclass or of the object, has been traced: it
     would come twice if the leaf were the module.
     """
-    tracer = input.tracer
+    tracer: Any = input.tracer
     if tracer.root is layer:
         raise TraceError(
             f"a {type(layer).__name__} cannot be traced by itself, since it is a leaf: "
@@ -28,9 +33,9 @@ def traced(layer: nn.Module, input: Proxy) -> Proxy:
     return tracer.create_proxy("call_function", leaf_of, (module, input), {})
 
 
-def leaf_of(layer: nn.Module, input: Tensor) -> Tensor:
+def leaf_of(layer: _BatchRenorm | _BatchNorm, input: Tensor) -> Tensor:
     """What a layer computes without what is around it. `fold` may have made a BatchNorm of it."""
     if not isinstance(layer, _BatchNorm):
         return layer._leaf(input)
-    torchs = next(c for c in type(layer).__mro__ if c.__module__ == _BatchNorm.__module__)
+    torchs: Any = next(c for c in type(layer).__mro__ if c.__module__ == _BatchNorm.__module__)
     return torchs.forward(layer, input)

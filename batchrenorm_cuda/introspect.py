@@ -72,7 +72,7 @@ def doctor() -> tuple[str, list[str]]:
     return "\n".join(lines), problems
 
 
-def _gpu(index: int, info: dict, problems: list[str]) -> str:
+def _gpu(index: int, info: _C.BuildInfo, problems: list[str]) -> str:
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
     chip = f"{capability[0]}.{capability[1]}"

@@ -17,6 +17,9 @@ _FIRST = {"weight": 1, "bias": 0, "running_mean": 0, "running_std": 1}
 
 
 class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
+    weight: UninitializedParameter  # type: ignore[assignment]
+    bias: UninitializedParameter  # type: ignore[assignment]
+
     def __init__(
         self,
         eps: float = 1e-5,
@@ -45,14 +48,15 @@ class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
         self.affine = affine
         self.track_running_stats = track_running_stats
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if affine:
-            self.weight = UninitializedParameter(device=device, dtype=dtype)
+            self.weight = UninitializedParameter(**factory)
             if bias:
-                self.bias = UninitializedParameter(device=device, dtype=dtype)
+                self.bias = UninitializedParameter(**factory)
         if track_running_stats:
+            factory["dtype"] = statistic_dtype(dtype)
             for name in ("running_mean", "running_std"):
-                buffer = UninitializedBuffer(device=device, dtype=statistic_dtype(dtype))
-                self.register_buffer(name, buffer)
+                self.register_buffer(name, UninitializedBuffer(**factory))
             counter = torch.zeros((), dtype=torch.int64, device=device)
             self.register_buffer("num_batches_tracked", counter)
             self.register_buffer("schedule", schedule.as_tensor(device))

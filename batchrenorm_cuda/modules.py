@@ -47,6 +47,20 @@ class _BatchRenorm(nn.Module):
         "skip_nonfinite",
     ]
     _dims: tuple[int, ...]  # of the inputs
+    num_features: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    skip_nonfinite: bool
+    statistics_frozen: bool
+    _schedule: RenormSchedule
+    weight: nn.Parameter  # or None, as in torch's, which says no more
+    bias: nn.Parameter
+    running_mean: Tensor | None
+    running_std: Tensor | None
+    num_batches_tracked: Tensor | None
+    schedule: Tensor | None
 
     def __init__(
         self,

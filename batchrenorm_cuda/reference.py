@@ -58,7 +58,7 @@ def batch_renorm(
         with torch.no_grad():
             if schedule is not None:
                 limits = RenormSchedule.from_tensor(schedule)
-                r_max, d_max = limits.limits_at(num_batches_tracked.item())
+                r_max, d_max = limits.limits_at(int(num_batches_tracked))
             has_scale = _has_scale(running_std)
             scale = torch.where(has_scale, running_std, 1)
             r = (std.detach() / scale).clamp(1 / r_max, r_max)

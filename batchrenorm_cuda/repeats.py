@@ -58,7 +58,8 @@ class InferenceRepeat:
 
     @classmethod
     def by(cls, running_mean: Tensor, running_std: Tensor) -> InferenceRepeat:
-        return cls(*copies(running_mean, running_std), _version(running_mean))
+        mean, std = copies(running_mean, running_std)
+        return cls(mean, std, _version(running_mean))
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         forward = apply_inference if wants_gradient(x, weight, bias) else _ops.inference

@@ -11,15 +11,16 @@ Everything is checked and computed first; then all layers change, and that canno
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+Model = TypeVar("Model", bound=nn.Module)  # a layer by itself comes back as another class
 Skip = str | type | nn.Module | Callable[[str, nn.Module], bool]
 
 BUFFERS = {"running_mean", "running_var", "running_std", "num_batches_tracked", "schedule"}
@@ -69,7 +70,7 @@ class Change:
     settings: dict[str, Any]  # attributes to set
     obsolete: set[str]  # attributes to delete
     buffers: dict[str, Tensor | None]
-    renamed: dict[str, tuple[str, ...]]  # buffers persistent or not as the one before was
+    renamed: Mapping[str, tuple[str, ...]]  # buffers persistent or not as the one before was
     wide: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # new values, of another dtype
 
     def make(self) -> None:
@@ -94,14 +95,14 @@ class Change:
 
 
 def swap_layers(
-    model: nn.Module,
+    model: Model,
     kind: str,
     wanted: Callable[[nn.Module], bool],
     after: type[nn.Module],
-    plan: Callable[[nn.Module, str], Change | str],
+    plan: Callable[[Any, str], Change | str],  # of a layer that is wanted
     skip: Skip | Iterable[Skip],
     report: Callable[[Report], object] | None,
-) -> nn.Module:
+) -> Model:
     if not (report is None or callable(report)):
         raise TypeError(f"report must be callable, such as print, got {report!r}")
     outcomes: list[Outcome] = []
@@ -137,8 +138,8 @@ def swap_layers(
     for outcome in result.left:
         if outcome.reason != "skip":
             alike.setdefault((outcome.before, outcome.reason), []).append(outcome.names[0])
-    for (own, reason), names in alike.items():
-        first, more = names[0] or "the model", len(names) - 1
+    for (own, reason), paths in alike.items():
+        first, more = paths[0] or "the model", len(paths) - 1
         what = f"and {more} more, each a {own}, were" if more else f"a {own}, was"
         warnings.warn(
             f"{first}, {what} left alone: {reason}. Name {'them' if more else 'it'} in skip if "
@@ -239,12 +240,13 @@ def like(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
     """cls, or what torch makes of it for a parametrized object."""
     if not is_parametrized(layer):
         return cls
-    own = dict(vars(type(layer)))
+    parametrized: Any = type(layer)
+    own = dict(vars(parametrized))
     for name in ("__dict__", "__weakref__", "__doc__"):
         own.pop(name, None)
     # Without any a parametrized object cannot be copied; torch's gives way to that of the class.
     if hasattr(cls, "__deepcopy__"):
         own.pop("__deepcopy__", None)
     else:
-        own.setdefault("__deepcopy__", type(layer).__deepcopy__)
+        own.setdefault("__deepcopy__", parametrized.__deepcopy__)
     return type(f"Parametrized{cls.__name__}", (cls,), own)

@@ -283,6 +283,7 @@ class SyncBatchRenorm(_BatchRenorm):
         if world == 1 or isinstance(input, Proxy):
             return super().forward(input)
         self._check_input_dim(input)
+        statistics: tuple[Tensor, ...]
         statistics = self.running_mean, self.running_std, self.num_batches_tracked
         tracks = self.running_mean is not None
         if tracks and not self.track_running_stats:

@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     cases, situations = _selected(args)
     if args.list:
-        print("\n".join(f"{item.name:34} {item.why}" for item in [*cases, *situations]))
+        items: list[Case | Situation] = [*cases, *situations]
+        print("\n".join(f"{item.name:34} {item.why}" for item in items))
         return 0
     if not cases and not situations:
         parser().error(f"no case has {args.only!r} in its name")

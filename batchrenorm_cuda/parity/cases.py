@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,9 +26,8 @@ class Case:
     name: str
     shape: tuple[int, ...]
     why: str
-    large: tuple[int, ...] | None = (
-        None  # the shape on CUDA, where `shape` would not reach what the case is for
-    )
+    # The shape on CUDA, where `shape` would not reach what the case is for.
+    large: tuple[int, ...] | None = None
     form: str = "contiguous"  # of x: see tensors.FORMS
     dy_form: str = "contiguous"
     mean: float = 0.0
@@ -41,9 +41,8 @@ class Case:
     training: bool = True
     module: bool = False
     limits: tuple[float, float] = (3.0, 5.0)  # r_max, d_max
-    schedule: tuple[float, float, float, float, float] | None = (
-        None  # the fields of RenormSchedule, in its order
-    )
+    # The fields of RenormSchedule, in its order.
+    schedule: tuple[float, float, float, float, float] | None = None
     step: int = 0  # num_batches_tracked before the call
     momentum: float | None = 0.1
     eps: float = 1e-5
@@ -64,7 +63,10 @@ class Case:
 _PAPER = (5000.0, 3.0, 40000.0, 5.0, 25000.0)
 _INF = float("inf")
 # Without d, which would be most of dweight. In float64 the truth itself is no better there.
-_SHIFTED_DY = {"limits": (3.0, 0.0), "dtypes": (torch.float32, torch.float16, torch.bfloat16)}
+_SHIFTED_DY: dict[str, Any] = {
+    "limits": (3.0, 0.0),
+    "dtypes": (torch.float32, torch.float16, torch.bfloat16),
+}
 
 SHAPES = [
     Case("2-D", (64, 48), "(N, C): rows of channels", quick=True),

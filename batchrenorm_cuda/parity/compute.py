@@ -46,7 +46,7 @@ def _with_state(
     return results
 
 
-def make_module(case: Case, t: Tensors) -> torch.nn.Module:
+def make_module(case: Case, t: Tensors) -> modules.BatchRenorm1d:
     """The layer in the state that the case starts from."""
     layer = {2: "BatchRenorm1d", 3: "BatchRenorm1d", 4: "BatchRenorm2d", 5: "BatchRenorm3d"}[
         t.x.dim()
@@ -82,12 +82,12 @@ def by_op(case: Case, t: Tensors) -> tuple[Results, int | None]:
         _with_state(results, module.running_mean, module.running_std)
         return results, None if t.running_mean is None else int(module.num_batches_tracked)
     weight, bias = _leaf(t.weight), _leaf(t.bias)
-    running = [None if s is None else s.clone() for s in (t.running_mean, t.running_std)]
+    mean, std = (None if s is None else s.clone() for s in (t.running_mean, t.running_std))
     r_max, d_max = case.limits
     y = functional.batch_renorm(
-        x, *running, weight, bias, case.training, case.momentum, case.eps, r_max, d_max
+        x, mean, std, weight, bias, case.training, case.momentum, case.eps, r_max, d_max
     )
-    return _with_state(_backward(y, t.dy, x, weight, bias), *running), None
+    return _with_state(_backward(y, t.dy, x, weight, bias), mean, std), None
 
 
 def _by_reference(case: Case, t: Tensors, dtype: torch.dtype, shift: Tensor) -> Results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from .cases import Case
 
 # Each takes values [N, C, ...] and returns a tensor of the same values (but for "expanded") in
 # another layout.
-FORMS = {
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda v: v.contiguous(),
     "channels_last": lambda v: v.contiguous(memory_format=torch.channels_last),
     "channels_last_3d": lambda v: v.contiguous(memory_format=torch.channels_last_3d),
