@@ -41,7 +41,7 @@ rule compile
   deps = gcc
   description = $in
 rule link
-  command = {cxx} $in -o $out {link}
+  command = {cxx} $in -o $out {link} -L{torch}/lib -ltorch -ltorch_cpu
   description = $out
 """
 
@@ -103,9 +103,10 @@ def choose_architectures(nvcc: Path) -> tuple[list[str], str]:
     return [a for a in ARCHITECTURES if a.split("+")[0] in known], "no GPU visible"
 
 
-def gencode(arch: str) -> str:
+def gencode(arch: str, arches: list[str]) -> str:  # PTX is 60% of the work, one for 8.0 to 9.0
     name, _, ptx = arch.replace(".", "").partition("+")
-    return f"'-gencode=arch=compute_{name},code=[sm_{name}{f',compute_{name}' if ptx else ''}]'"
+    alike = "80" if "8.0" in arches and name in ("86", "89", "90") and not ptx else name
+    return f"'-gencode=arch=compute_{alike},code=[sm_{name}{f',compute_{name}' if ptx else ''}]'"
 
 
 class Build(build_ext):
@@ -118,20 +119,19 @@ class Build(build_ext):
         flags = f"-W -Wall -isystem {torch}/include -isystem {sysconfig.get_path('include')}"
         flags += f" -isystem {cuda}/include" * bool(cuda) + " " + os.environ.get("CXXFLAGS", "")
         link = LINK.get(sys.platform) or sys.exit("error: needs Linux, macOS or, on Windows, WSL 2")
-        link += f" -L{torch}/lib -ltorch -ltorch_cpu"
         if cuda:  # the static runtime: torch may have none, or another minor version
             link += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -ldl -lpthread"
         jobs, cxx = int(os.environ.get("MAX_JOBS") or os.cpu_count()), os.environ.get("CXX", "c++")
         out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}-{nvcc or 'cpu'}")
-        text = NINJA.format(out=out, cxx=cxx, flags=flags, link=link, cuda=cuda,
-                            gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
+        text = NINJA.format(out=out, cxx=cxx, flags=flags, link=link, cuda=cuda, torch=torch,
+                            gencode=" ".join(gencode(arch, arches) for arch in arches),
+                            threads=max(1, jobs // 3))
         about = f"-DBRN_VERSION={self.distribution.get_version()} -DBRN_TORCH={torch_version}"
         about += f" -DBRN_NVCC={nvcc} -DBRN_ARCHITECTURES={','.join(arches)}"
         sources = BINDING + CPU + (CUDA if cuda else NO_CUDA)
-        for source in sources:
-            text += f"build {out}/{source}.o: compile {source}\n"
-            text += f"  compiler = ${source.rpartition('.')[2]}\n"
-            text += f"  defines = {about if 'introspection' in source else STABLE_ABI}\n"
+        for name in sources:
+            text += f"build {out}/{name}.o: compile {name}\n  compiler = ${name.split('.')[1]}\n"
+            text += f"  defines = {about if 'introspection' in name else STABLE_ABI}\n"
         text += f"build {out}/_C.so: link {' '.join(f'{out}/{source}.o' for source in sources)}\n"
         out.mkdir(parents=True, exist_ok=True)
         (out / "build.ninja").write_text(text)

@@ -23,6 +23,7 @@ from simt.emulator import (
     Problem,
     Schedule,
     rounded,
+    sanitizing,
 )
 
 FIRST, LAST = Layout.FIRST, Layout.LAST
@@ -47,9 +48,8 @@ class Case:
     layout: Layout = FIRST
     alignment: int = 16
     sms: int = 4
-    choice: dict[str, int] = field(
-        default_factory=dict
-    )  # what the plan is made to be, beside what the planner says
+    # What the plan is made to be, beside what the planner says.
+    choice: dict[str, int] = field(default_factory=dict)
     mean: float = 3.0
     std: float = 2.0
 
@@ -548,7 +548,8 @@ def bits(out: dict[str, np.ndarray]) -> dict[str, bytes]:
 def over_schedules(emulator: Emulator, launch) -> dict[str, np.ndarray]:
     """The result of a launch, after making sure that it does not depend on the order of events."""
     first = None
-    for schedule in SCHEDULES:
+    # Addresses, which are what sanitizers look at, are the same in every order.
+    for schedule in SCHEDULES[::5] if sanitizing() else SCHEDULES:
         emulator.schedule = schedule
         out = launch()
         if first is None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -194,8 +195,21 @@ def test_architectures_as_seen(setup_py, monkeypatch, tmp_path, visible, chosen)
 
 
 def test_gencode(setup_py):
-    assert setup_py.gencode("9.0") == "'-gencode=arch=compute_90,code=[sm_90]'"
-    assert setup_py.gencode("12.0+PTX") == "'-gencode=arch=compute_120,code=[sm_120,compute_120]'"
+    """nvcc makes PTX for each virtual architecture it is given once, and machine code from it."""
+
+    def virtual(*arches):
+        flags = " ".join(setup_py.gencode(arch, arches) for arch in arches)
+        return dict(map(reversed, re.findall(r"arch=compute_(\w+),code=\[([\w,]+)\]'", flags)))
+
+    assert setup_py.gencode("9.0", ["9.0"]) == "'-gencode=arch=compute_90,code=[sm_90]'"
+    assert virtual("12.0+PTX") == {"sm_120,compute_120": "120"}
+    assert virtual("7.5", "8.0", "9.0", "10.0") == {
+        "sm_75": "75", "sm_80": "80", "sm_90": "80", "sm_100": "100"
+    }  # fmt: skip
+    assert virtual("8.0", "8.6+PTX", "9.0a") == {
+        "sm_80": "80", "sm_86,compute_86": "86", "sm_90a": "90a"
+    }  # fmt: skip
+    assert virtual("8.6", "9.0") == {"sm_86": "86", "sm_90": "90"}
 
 
 def test_build_info_is_about_this_build():

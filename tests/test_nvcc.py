@@ -2,23 +2,18 @@
 nothing spilled from registers to memory, and as many blocks an SM as the planner counts on. And on
 the programs under bench/: no warnings.
 
-All seven architectures cost about 230 CPU seconds once; the logs are cached under build/nvcc by a
-digest of sources, flags and nvcc. BATCHRENORM_NVCC_ARCHITECTURES="7.5;9.0" takes fewer.
+BATCHRENORM_NVCC_ARCHITECTURES="7.5;9.0" takes fewer.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import re
-import runpy
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from nvcc import STRICT, cubin, find_nvcc, made
 from simt import build
 
 from batchrenorm_cuda import _C
@@ -28,9 +23,6 @@ KERNELS += ("merge",)
 # Whose plans they follow.
 PREFETCHING = {"forward": "forward", "moments": "forward"}
 PREFETCHING |= {"backward": "backward", "backward_sums": "backward"}
-STRICT = ("--Werror", "all-warnings")
-FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", *STRICT)
-CACHE = build.REPOSITORY / "build" / "nvcc"
 
 # Shared memory of an SM in bytes, of which each resident block takes 1 KB for the system from sm_80
 # on.
@@ -49,13 +41,6 @@ THREADS = 256  # of a block, at most: kMaxThreads
 
 def architectures() -> list[str]:
     return os.environ.get("BATCHRENORM_NVCC_ARCHITECTURES", ";".join(SHARED_MEMORY)).split(";")
-
-
-def find_nvcc() -> Path | None:
-    """The toolkit that setup.py would build with."""
-    for root, _ in runpy.run_path(str(build.REPOSITORY / "setup.py"))["find_toolkits"]():
-        return Path(root) / "bin/nvcc"
-    return None
 
 
 @dataclass(frozen=True)
@@ -119,38 +104,6 @@ def parse(log: str) -> list[Resources]:
     return found
 
 
-def digest_of(nvcc: Path, source: Path, flags: tuple[str, ...]) -> str:
-    """Of what the result depends on but for the architecture."""
-    digest = hashlib.sha256("\0".join((version_of(nvcc), *flags)).encode())
-    for path in sorted(build.included(source, [])):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:24]
-
-
-def compile_log(nvcc: Path, source: Path, architecture: str, flags: tuple[str, ...] = FLAGS) -> str:
-    cached = CACHE / f"{source.stem}-{architecture}-{digest_of(nvcc, source, flags)}.log"
-    if not cached.exists():
-        sm = "sm_" + architecture.replace(".", "")
-        done = subprocess.run(
-            [str(nvcc), *flags, f"-arch={sm}", str(source), "-o", os.devnull],
-            capture_output=True,
-            text=True,
-        )
-        log = done.stdout + done.stderr
-        if done.returncode != 0:
-            raise AssertionError(f"nvcc does not compile {source.name} for {sm}:\n{log[-4000:]}")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        cached.write_text(log)
-    return cached.read_text()
-
-
-@functools.cache
-def version_of(nvcc: Path) -> str:
-    return subprocess.run(
-        [str(nvcc), "--version"], check=True, capture_output=True, text=True
-    ).stdout
-
-
 @pytest.fixture(scope="module")
 def nvcc() -> Path:
     found = find_nvcc()
@@ -159,30 +112,11 @@ def nvcc() -> Path:
     return found
 
 
-@pytest.fixture(scope="module")
-def logs(nvcc: Path):
-    """A function from kernel and architecture to the compiler's log. nvcc runs ahead of the tests,
-    one a core."""
-
-    def log(kernel: str, architecture: str) -> str:
-        return compile_log(nvcc, build.REPOSITORY / f"csrc/kernels/{kernel}.cu", architecture)
-
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the tests themselves run side by side
-        yield log
-        return
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        ahead = {
-            (kernel, architecture): pool.submit(log, kernel, architecture)
-            for architecture in architectures()
-            for kernel in KERNELS
-        }
-        yield lambda kernel, architecture: ahead[kernel, architecture].result()
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
+# Architectures of one kernel in a row: they have PTX in common.
 @pytest.mark.parametrize("architecture", architectures())
-def test_kernel_fits_its_registers(logs, architecture: str, kernel: str):
-    found = parse(logs(kernel, architecture))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_fits_its_registers(nvcc: Path, kernel: str, architecture: str):
+    found = parse(cubin(nvcc, kernel, architecture).with_suffix(".log").read_text())
     # Two layouts times the slot widths: 2 of double, 3 of float, 4 each of half and bfloat16.
     # Bundles have one width, and are not of double; unaligned planes one, of half and bfloat16.
     expected = 2 if kernel == "merge" else 2 * (2 + 3 + 4 + 4) + 3 + 2
@@ -233,4 +167,4 @@ def test_the_gpu_script_compiles_every_program():
 def test_a_program_of_the_benchmark_compiles(nvcc: Path, program: str):
     """All of it, the host's part too; sweep's kernels are compiled above, and not linked here."""
     source = build.REPOSITORY / f"bench/{program}.cu"
-    compile_log(nvcc, source, "9.0", (*bench_programs()[program], "-c", *STRICT))
+    made(nvcc, source, ".o", *bench_programs()[program], "-c", "-arch=sm_90", *STRICT)

@@ -9,28 +9,13 @@ can notice.
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
+from nvcc import cubin, find_nvcc
 from sass import Block, disassembled, find_nvdisasm, path_without_waiting
-from simt import build
-from test_nvcc import CACHE, DTYPES, LAYOUTS, digest_of, find_nvcc, variant_of
+from test_nvcc import DTYPES, LAYOUTS, variant_of
 
 ARCHITECTURE = "9.0"
 KERNELS = ("forward", "backward", "inference")
-
-
-def cubin(nvcc: Path, kernel: str) -> Path:
-    flags = ("-std=c++17", "-O3", "-cubin", "-arch=sm_" + ARCHITECTURE.replace(".", ""))
-    source = build.REPOSITORY / f"csrc/kernels/{kernel}.cu"
-    path = CACHE / f"{kernel}-{digest_of(nvcc, source, flags)}.cubin"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{id(path)}")
-        subprocess.run([str(nvcc), *flags, str(source), "-o", str(part)], check=True)
-        part.replace(path)
-    return path
 
 
 def tile_of(kernel: str, slot_bytes: int, blocks: list[Block]) -> int:
@@ -51,7 +36,7 @@ def code(request) -> dict[tuple[str, str, int], tuple[list[Block], int]]:
     if nvdisasm is None:
         pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
     found = {}
-    for mangled, blocks in disassembled(nvdisasm, cubin(nvcc, request.param)).items():
+    for mangled, blocks in disassembled(nvdisasm, cubin(nvcc, request.param, ARCHITECTURE)).items():
         name = variant_of(mangled)
         layout = LAYOUTS[int(name["layout"])]
         slot_bytes = int(name["slot"])

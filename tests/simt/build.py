@@ -7,13 +7,13 @@ what they touch and nothing else.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
 import re
 import subprocess
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from sysconfig import get_path
@@ -81,16 +81,23 @@ def _digest(*parts: str | bytes) -> str:
     return digest.hexdigest()[:24]
 
 
-def _run_into(target: Path, command: list[str]) -> None:
-    """Runs ``command + [-o, target]`` so that a concurrent build never sees half a file."""
+def made_once(target: Path, make: Callable[[Path], object]) -> Path:
+    """``target``, which ``make(path)`` makes under another name if it is not there yet: one process
+    at a time, and the others find it made."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=target.suffix)
-    os.close(handle)
-    done = subprocess.run([*command, "-o", name], capture_output=True, text=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        if not target.exists():
+            part = target.with_suffix(f".part{target.suffix}")
+            make(part)
+            part.replace(target)
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        os.unlink(name)
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    os.replace(name, target)
 
 
 def compile_object(source: Path, root: Path, flags: tuple[str, ...]) -> Path:
@@ -102,9 +109,8 @@ def compile_object(source: Path, root: Path, flags: tuple[str, ...]) -> Path:
         for part in (os.path.relpath(path, root), path.read_bytes())
     ]
     target = CACHE / f"{source.stem}-{_digest(_compiler_version(cxx), *flags, *contents)}.o"
-    if not target.exists():
-        _run_into(target, [cxx, *flags, f"-I{include}", "-x", "c++", "-c", str(source)])
-    return target
+    command = [cxx, *flags, f"-I{include}", "-x", "c++", "-c", str(source), "-o"]
+    return made_once(target, lambda path: _run([*command, str(path)]))
 
 
 def library(
@@ -152,11 +158,10 @@ def _link(
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(lambda t: compile_object(root / t[0], root, t[1]), tasks))
     target = CACHE / f"libsimt-{_digest(*flags, *(o.name for o in objects))}.so"
-    if not target.exists():
-        libraries = [f for f in flags if f.startswith("-l")]
-        first = [f for f in flags if f not in libraries]
-        _run_into(target, [compiler(), *first, *map(str, objects), *libraries])
-    return target
+    libraries = [f for f in flags if f.startswith("-l")]
+    first = [f for f in flags if f not in libraries]
+    command = [compiler(), *first, *map(str, objects), *libraries, "-o"]
+    return made_once(target, lambda path: _run([*command, str(path)]))
 
 
 def preloaded(*names: str) -> str:
