@@ -155,13 +155,7 @@ class _BatchRenorm(nn.Module):
         """
         _require_schedule(schedule)
         check_flags(from_now=from_now)
-        self._require_statistics("schedule cannot be set")
-        if self.schedule.is_cuda and torch.cuda.is_current_stream_capturing():
-            # The copy is from memory of this call, which a replay would read again.
-            raise RuntimeError(
-                "schedule cannot be set while a CUDA graph is captured: set it between replays, "
-                "which see the change"
-            )
+        self._require_settable("schedule")
         if from_now:
             schedule = later(schedule, batches_seen(self.num_batches_tracked))
         self._schedule = schedule
@@ -181,8 +175,9 @@ class _BatchRenorm(nn.Module):
         stay where they are and move on at the same pace, counted in steps of the optimiser.
 
         num_batches_tracked, which counts microbatches, is multiplied by steps_per_update / before,
-        and so are the steps of the schedule, both in place and without waiting for the device. Call
-        it between two steps of the optimiser: a fraction of one is rounded down.
+        and so are the steps of the schedule, both in place. The schedule is read from its buffer,
+        which waits for the device: DDP, FSDP or a loader may have written another into it. Call it
+        between two steps of the optimiser: a fraction of one is rounded down.
 
         With momentum=None the average goes on, too: as if it had been over microbatches of the new
         size from the start.
@@ -204,13 +199,15 @@ class _BatchRenorm(nn.Module):
         """What accumulate() works with: microbatches a step until now, and the schedule from now
         on."""
         require_steps_per_update(steps_per_update)
-        known = self._schedule.steps_per_update
-        if before is None:
-            before = known
-        require_steps_per_update(before, "before")
-        self._require_statistics("steps_per_update cannot be set")
+        if before is not None:
+            require_steps_per_update(before, "before")
+        self._require_settable("steps_per_update")
         schedule = self._schedule
-        if before != known:
+        if not self.schedule.is_meta:
+            schedule = schedule.recognised_in(self.schedule)
+        if before is None:
+            before = schedule.steps_per_update
+        elif before != schedule.steps_per_update:
             schedule = RenormSchedule.from_tensor(schedule.as_tensor("cpu"), before)
         return before, replace(schedule, steps_per_update=steps_per_update)
 
@@ -242,6 +239,15 @@ class _BatchRenorm(nn.Module):
         """Starts counting over, in place; nothing to do when clipping is not monitored."""
         if self._clipping is not None:
             self._clipping.zero_()
+
+    def _require_settable(self, what: str) -> None:
+        self._require_statistics(f"{what} cannot be set")
+        if self.schedule.is_cuda and torch.cuda.is_current_stream_capturing():
+            # The copy is from memory of this call, which a replay would read again.
+            raise RuntimeError(
+                f"{what} cannot be set while a CUDA graph is captured: set it between replays, "
+                "which see the change"
+            )
 
     def _require_statistics(self, refusal: str) -> None:
         if self.schedule is None:

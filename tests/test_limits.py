@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -323,7 +324,8 @@ def test_nothing_waits_for_the_gpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
         layer.set_limits(2.0, 1.0)
-        layer.set_steps_per_update(8)
+        layer.set_schedule(UPDATES)
+        layer.set_limits(2.0, 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert limits(layer) == (2.0, 1.0)
@@ -338,7 +340,32 @@ def test_limits_are_not_set_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setitem(layer._buffers, "schedule", SimpleNamespace(is_cuda=True))
     with pytest.raises(RuntimeError, match="schedule cannot be set while a CUDA graph is captured"):
         layer.set_schedule(UPDATES)
+    with pytest.raises(RuntimeError, match="steps_per_update cannot be set while a CUDA graph is"):
+        layer.set_steps_per_update(2)
     assert layer._schedule is kept and kept.r_max == 2
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("now", [1, 4])
+def test_a_schedule_that_came_another_way_is_the_one_that_goes_on(now):
+    """Written into the buffer: DDP does on every rank but the first, and so do loaders that take
+    tensors by their names. What the layer was made with must not come back."""
+    layer = BatchRenorm1d(3, schedule=UPDATES)
+    others = replace(UPDATES, r_max=7.0, steps_per_update=now)
+    layer.schedule.copy_(others.as_tensor())
+    layer.num_batches_tracked.fill_(12)
+    layer.set_steps_per_update(8, before=now)
+    assert layer.schedule.tolist() == replace(others, steps_per_update=8).as_tensor().tolist()
+    assert layer.num_batches_tracked == 12 * 8 // now
+
+
+def test_the_same_schedule_of_another_accumulation_is_recognised_where_it_lies():
+    layer = BatchRenorm1d(3, schedule=UPDATES)
+    layer.schedule.copy_(per(16).as_tensor())
+    layer.num_batches_tracked.fill_(32)
+    layer.set_steps_per_update(2)
+    assert layer.schedule.tolist() == per(2).as_tensor().tolist()
+    assert layer.num_batches_tracked == 4
 
 
 def test_layers_that_share_a_counter_scale_it_once():
