@@ -170,6 +170,14 @@ class _BatchRenorm(nn.Module):
         limits = RenormSchedule.constant(r_max, d_max)
         self.set_schedule(replace(limits, steps_per_update=self._schedule.steps_per_update))
 
+    def read_limits(self) -> tuple[float, float]:
+        """(r_max, d_max) for the next batch: (1, 0), which is BatchNorm, without moving statistics.
+        Waits for the device."""
+        if self.schedule is None:
+            return 1.0, 0.0
+        schedule = RenormSchedule.from_tensor(self.schedule)
+        return schedule.limits_at(batches_seen(self.num_batches_tracked))
+
     def set_steps_per_update(self, steps_per_update: int, before: int | None = None) -> None:
         """Goes on with another number of microbatches for each step of the optimiser: the limits
         stay where they are and move on at the same pace, counted in steps of the optimiser.

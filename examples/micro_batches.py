@@ -74,9 +74,7 @@ def main(arguments: list[str] | None = None) -> list[Step]:
             (clipping,) = monitor.read().values()
             monitor.reset()
             corrected = clipping.log_r - clipping.log_r_excess + clipping.d - clipping.d_excess
-            seen = int(norm.num_batches_tracked)
-            # What the layer holds now, not what it was made with.
-            limits = RenormSchedule.from_tensor(norm.schedule).limits_at(seen)
+            seen, limits = int(norm.num_batches_tracked), norm.read_limits()
             course.append(Step(seen, limits, corrected, total))
             if step % max(chosen.steps // 10, 1) == 0:
                 print(

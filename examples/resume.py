@@ -60,8 +60,7 @@ class Run:
         self.data.set_state(saved["data"])
 
     def limits(self) -> tuple[float, float]:
-        norm = self.model[1]
-        return RenormSchedule.from_tensor(norm.schedule).limits_at(int(norm.num_batches_tracked))
+        return self.model[1].read_limits()
 
 
 def stripes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

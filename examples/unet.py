@@ -79,7 +79,7 @@ def balls(n: int, dims: int, generator: torch.Generator, side: int) -> tuple[Ten
     return torch.stack(images).unsqueeze(1), torch.stack(masks).unsqueeze(1).float()
 
 
-def train(model: nn.Module, steps: int, batch: int, side: int, seed: int) -> nn.Module:
+def train(model: UNet, steps: int, batch: int, side: int, seed: int) -> UNet:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), 0.003)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

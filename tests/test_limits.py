@@ -42,6 +42,18 @@ def limits(layer):
     return (high - low) / 2, (high + low) / 2
 
 
+@each_device()
+def test_limits_are_read_as_the_next_batch_finds_them(device):
+    layer = BatchRenorm1d(3, schedule=per(2), device=device)
+    for _ in range(24):
+        assert layer.read_limits() == pytest.approx(limits(layer), rel=1e-6)
+        layer(torch.randn(4, 3, device=device))
+    assert layer.read_limits() == (3.0, 4.0)
+    layer.set_limits(math.inf, 0.5)
+    assert layer.read_limits() == (math.inf, 0.5)
+    assert BatchRenorm1d(3, track_running_stats=False).read_limits() == (1.0, 0.0)
+
+
 def update(layer, steps_per_update):
     """One step of the optimiser; the limits that each of its microbatches found."""
     found = []

@@ -74,6 +74,7 @@ def main(loader: DataLoader[Tensor], optimiser: torch.optim.Optimizer) -> None:
     assert_type(norm.schedule, Tensor | None)
     assert_type(norm.statistics_frozen, bool)
     assert_type(br.fuse_conv_batch_renorm_eval(net.conv, norm), nn.Conv2d)
+    assert_type(norm.read_limits(), tuple[float, float])
     norm.monitor_clipping()
     assert_type(norm.read_clipping().r_clipped, float)
     norm.load_state_dict(adopt.from_ludvb(norm.state_dict()))
