@@ -21,6 +21,7 @@ from .arguments import FLOATS, check_flags, check_numbers
 from .clipping import Clipping, new_counts
 from .functional import normalise
 from .fx import traced
+from .loading import adapt
 from .repeats import copies
 from .schedule import RenormSchedule, batches_seen, later, require_steps_per_update
 
@@ -407,88 +408,7 @@ class _BatchRenorm(nn.Module):
                 self._clipping = self._clipping.to(mean.device)
 
     def _adopt(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> RenormSchedule:
-        """Brings this layer's entries of a state_dict into its own form, in place. Returns the
-        schedule in force after."""
-
-        def given(name: str) -> Tensor | None:
-            t = state_dict.get(f"{prefix}{name}")
-            if f"{prefix}{name}" in state_dict and not isinstance(t, Tensor):
-                raise TypeError(f"{prefix}{name} must be a Tensor, got {type(t).__name__}")
-            if t is not None and (t.is_complex() or t.layout != torch.strided):
-                raise TypeError(
-                    f"{prefix}{name} must be a dense tensor of real numbers, got {t.dtype} in "
-                    f"{t.layout}"
-                )
-            return t
-
-        def statistics_dtype() -> torch.dtype:
-            """With assign=True weight and bias take the dtype of the state_dict, and statistics
-            are to go with them."""
-            weight = given("weight") if assign else None
-            return self.running_mean.dtype if weight is None else statistic_dtype(weight.dtype)
-
-        def refuse(
-            name: str,
-            t: Tensor,
-            wanted: str,
-            test: Callable[[Tensor], Tensor],
-            dtype: torch.dtype | None = None,
-        ) -> None:
-            """What fails the test, as it is or in the dtype that it is kept in."""
-            if t.is_meta:
-                return
-            right = test(t)
-            if dtype is not None and bool(right.all()):
-                wanted, right = f"{wanted} in {dtype}", test(t.to(dtype))
-            if not bool(right.all()):
-                wrong = t.flatten()[~right.flatten()].tolist()
-                where = f" in {len(wrong)} of {t.numel()} channels" if t.numel() > 1 else ""
-                raise ValueError(f"{prefix}{name} must be {wanted}, got {wrong[0]}{where}")
-
-        mean, std, var = given("running_mean"), given("running_std"), given("running_var")
-        counter, schedule = given("num_batches_tracked"), given("schedule")
-        if counter is not None:
-            whole = "finite and >= 0"
-            refuse("num_batches_tracked", counter, whole, _is_not_negative, torch.int64)
-            state_dict[f"{prefix}num_batches_tracked"] = counter.to(torch.int64)
-        # torch.distributed.checkpoint fills in for what is not there with what the layer has.
-        if var is not None and (std is None or std is self.running_std):
-            refuse("running_var", var, "finite and >= 0", _is_not_negative)
-            del state_dict[f"{prefix}running_var"]
-            std = (var.double() + self.eps).sqrt()
-            # Not the buffer, which may be as to_empty() has left it.
-            real = var if self.schedule.is_meta else self.schedule
-            kept = {
-                "schedule": self._schedule.as_tensor(real.device),
-                "num_batches_tracked": self.num_batches_tracked,
-            }
-            if self.schedule.is_meta and not var.is_meta:  # with assign=True it becomes real now
-                kept["num_batches_tracked"] = var.new_zeros((), dtype=torch.int64)
-            for name, t in kept.items():
-                state_dict.setdefault(f"{prefix}{name}", t)
-        dtype = statistics_dtype()
-        if mean is not None:
-            refuse("running_mean", mean, "finite", torch.isfinite, dtype)
-            state_dict[f"{prefix}running_mean"] = mean.to(dtype).contiguous()
-        if std is not None:
-            refuse("running_std", std, "finite and > 0", _is_positive, dtype)
-            state_dict[f"{prefix}running_std"] = std.to(dtype).contiguous()
-        if schedule is None or schedule is self.schedule or schedule.is_meta:
-            return self._schedule
-        try:
-            found = self._schedule.recognised_in(schedule)
-        except ValueError as error:
-            raise ValueError(f"{prefix}schedule: {error}") from None
-        state_dict[f"{prefix}schedule"] = found.as_tensor(schedule.device)
-        return found
-
-
-def _is_not_negative(t: Tensor) -> Tensor:
-    return t.isfinite() & (t >= 0)
-
-
-def _is_positive(t: Tensor) -> Tensor:
-    return t.isfinite() & (t > 0)
+        return adapt(self, state_dict, prefix, assign)
 
 
 def layers_of(model: nn.Module) -> dict[str, _BatchRenorm]:
