@@ -2,7 +2,7 @@
 
 BATCHRENORM_CUDA=0/1   without / with the CUDA kernels; unset: with them if a toolkit is found
 CUDA_HOME              the toolkit; unset: CUDA_PATH, nvcc on PATH, /usr/local/cuda, pip's packages
-TORCH_CUDA_ARCH_LIST   as in "8.0;9.0+PTX"; unset: the visible GPUs, else ARCHITECTURES
+TORCH_CUDA_ARCH_LIST   as in "8.0;9.0+PTX"; unset: the visible GPUs, else ARCHES
 MAX_JOBS CXX CXXFLAGS  compilers at a time (one a core), which one (c++), more flags for it
 """
 
@@ -20,7 +20,8 @@ from subprocess import call, getoutput
 from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
-ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+# By default, and of which PTX: it is 60% of nvcc's work, and the same for several of them.
+ARCHES = {"7.5": 75, "8.0": 80, "8.6": 80, "8.9": 80, "9.0": 80, "10.0+PTX": 100, "12.0": 100}
 BINDING = ["csrc/binding/schema.cpp", "csrc/binding/cpu.cpp", "csrc/binding/introspection.cpp"]
 PASSES = "forward backward inference moments merge backward_sums backward_project".split()
 CPU = [f"csrc/cpu/{n}.cpp" for n in [*PASSES, "isa", "isa_baseline", "isa_avx2", "isa_avx512"]]
@@ -100,13 +101,13 @@ def choose_architectures(nvcc: Path) -> tuple[list[str], str]:
     if gpus := set(re.findall(r"^\d+\.\d$", seen, re.M)):
         newer = [] if gpus <= set(known) else [known[-1] + "+PTX"]  # than nvcc: through PTX
         return sorted(gpus & set(known)) + newer, "the visible GPUs"
-    return [a for a in ARCHITECTURES if a.split("+")[0] in known], "no GPU visible"
+    return [a for a in ARCHES if a.split("+")[0] in known], "no GPU visible"
 
 
-def gencode(arch: str, arches: list[str]) -> str:  # PTX is 60% of the work, one for 8.0 to 9.0
+def gencode(arch: str) -> str:
     name, _, ptx = arch.replace(".", "").partition("+")
-    alike = "80" if "8.0" in arches and name in ("86", "89", "90") and not ptx else name
-    return f"'-gencode=arch=compute_{alike},code=[sm_{name}{f',compute_{name}' if ptx else ''}]'"
+    virtual = ARCHES.get(arch, name)
+    return f"'-gencode=arch=compute_{virtual},code=[sm_{name}{f',compute_{name}' if ptx else ''}]'"
 
 
 class Build(build_ext):
@@ -124,8 +125,7 @@ class Build(build_ext):
         jobs, cxx = int(os.environ.get("MAX_JOBS") or os.cpu_count()), os.environ.get("CXX", "c++")
         out = Path("build", f"{sys.implementation.cache_tag}-torch-{torch_version}-{nvcc or 'cpu'}")
         text = NINJA.format(out=out, cxx=cxx, flags=flags, link=link, cuda=cuda, torch=torch,
-                            gencode=" ".join(gencode(arch, arches) for arch in arches),
-                            threads=max(1, jobs // 3))
+                            gencode=" ".join(map(gencode, arches)), threads=max(1, jobs // 3))
         about = f"-DBRN_VERSION={self.distribution.get_version()} -DBRN_TORCH={torch_version}"
         about += f" -DBRN_NVCC={nvcc} -DBRN_ARCHITECTURES={','.join(arches)}"
         sources = BINDING + CPU + (CUDA if cuda else NO_CUDA)

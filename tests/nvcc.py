@@ -56,8 +56,8 @@ def made(nvcc: Path, source: Path, suffix: str, *flags: str) -> Path:
 
 def cubin(nvcc: Path, kernel: str, architecture: str) -> Path:
     """The machine code of a kernel, by way of the PTX that setup.py has nvcc make it from."""
-    listed = {name.partition("+")[0]: name for name in setup_py()["ARCHITECTURES"]}
-    flag = setup_py()["gencode"](listed.get(architecture, architecture), [*listed])
+    listed = {name.partition("+")[0]: name for name in setup_py()["ARCHES"]}
+    flag = setup_py()["gencode"](listed.get(architecture, architecture))
     virtual = re.search(r"arch=(compute_\w+)", flag)[1]
     source = build.REPOSITORY / f"csrc/kernels/{kernel}.cu"
     ptx = made(nvcc, source, ".ptx", "-ptx", "-std=c++17", "-O3", f"-arch={virtual}", *STRICT)
