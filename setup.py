@@ -106,8 +106,8 @@ def choose_architectures(nvcc: Path) -> tuple[list[str], str]:
 
 def gencode(arch: str) -> str:
     name, _, ptx = arch.replace(".", "").partition("+")
-    virtual = ARCHES.get(arch, name)
-    return f"'-gencode=arch=compute_{virtual},code=[sm_{name}{f',compute_{name}' if ptx else ''}]'"
+    alike = ARCHES.get(arch, name)
+    return f"'-gencode=arch=compute_{alike},code=[sm_{name}{f',compute_{alike}' if ptx else ''}]'"
 
 
 class Build(build_ext):

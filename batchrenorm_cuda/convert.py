@@ -68,7 +68,8 @@ def convert(
     running_var, and has to be skipped if it writes it.
 
     Args:
-        model: any module; its BatchNorms may be shared or nested.
+        model: any module; its BatchNorms may be shared or nested. A BatchNorm by itself changes its
+            class, which a type checker does not see.
         schedule: limits of r and d, for every layer, by the number of batches that the layer has
             seen.
         momentum: weight of a new batch in the moving averages, for every layer except those of

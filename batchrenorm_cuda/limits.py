@@ -38,6 +38,8 @@ def set_schedule(model: nn.Module, schedule: RenormSchedule, *, from_now: bool =
     if from_now:
         for name, layer in layers.items():
             planned[name] = later(schedule, batches_seen(layer.num_batches_tracked, name))
+    for layer in layers.values():
+        layer._require_settable("schedule")
     for name, layer in layers.items():
         layer.set_schedule(planned[name])
 
@@ -52,7 +54,10 @@ def set_limits(model: nn.Module, r_max: float, d_max: float) -> None:
         ValueError, TypeError: naming the argument and what it got, before anything has changed.
     """
     RenormSchedule.constant(r_max, d_max)
-    for layer in _limited(model).values():
+    layers = _limited(model).values()
+    for layer in layers:
+        layer._require_settable("schedule")
+    for layer in layers:
         layer.set_limits(r_max, d_max)
 
 
@@ -61,7 +66,8 @@ def set_steps_per_update(
 ) -> None:
     """Goes on with another number of microbatches for each step of the optimiser, in every Batch
     Renorm of a model: limits stay where they are and move on at the same pace, counted in steps of
-    the optimiser. See :meth:`batchrenorm_cuda.BatchRenorm1d.set_steps_per_update`.
+    the optimiser. Waits for the device. See
+    :meth:`batchrenorm_cuda.BatchRenorm1d.set_steps_per_update`.
 
     A job that resumes with another accumulation loads its checkpoint first::
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -176,7 +177,8 @@ class _BatchRenorm(nn.Module):
         Waits for the device."""
         if self.schedule is None:
             return 1.0, 0.0
-        schedule = RenormSchedule.from_tensor(self.schedule)
+        real = not self.schedule.is_meta
+        schedule = RenormSchedule.from_tensor(self.schedule) if real else self._schedule
         return schedule.limits_at(batches_seen(self.num_batches_tracked))
 
     def set_steps_per_update(self, steps_per_update: int, before: int | None = None) -> None:
@@ -198,7 +200,9 @@ class _BatchRenorm(nn.Module):
                 checkpoint if the layer was made with the schedule that it was saved with, whatever
                 the schedule's steps_per_update. A checkpoint whose steps are all the layer's times
                 a whole number is taken for such a one; from any other it is 1, and with a schedule
-                that has no steps the layer's own. Where that is wrong `before` has to say it.
+                that has no steps the layer's own. So it is with what was written into the buffer
+                without load_state_dict, but that any other is taken to count as the layer did.
+                Where that is wrong `before` has to say it.
         """
         accumulate([self], steps_per_update, before)
 
@@ -213,7 +217,8 @@ class _BatchRenorm(nn.Module):
         self._require_settable("steps_per_update")
         schedule = self._schedule
         if not self.schedule.is_meta:
-            schedule = schedule.recognised_in(self.schedule)
+            with suppress(ValueError):  # which to_empty() may have left there
+                schedule = schedule.recognised_in(self.schedule, schedule.steps_per_update)
         if before is None:
             before = schedule.steps_per_update
         elif before != schedule.steps_per_update:
@@ -251,6 +256,11 @@ class _BatchRenorm(nn.Module):
 
     def _require_settable(self, what: str) -> None:
         self._require_statistics(f"{what} cannot be set")
+        for name in ("schedule", "num_batches_tracked"):
+            buffer = getattr(self, name)
+            fixed = isinstance(buffer, Tensor) and buffer.is_inference()
+            if fixed and not torch.is_inference_mode_enabled():
+                raise ValueError(f"{name} must not be an inference tensor, which cannot change")
         if self.schedule.is_cuda and torch.cuda.is_current_stream_capturing():
             # The copy is from memory of this call, which a replay would read again.
             raise RuntimeError(
@@ -424,7 +434,7 @@ def accumulate(layers: list[_BatchRenorm], steps_per_update: int, before: int | 
     scaled: set[int] = set()  # counters: layers may share one
     for layer, (until_now, schedule) in zip(layers, planned, strict=True):
         counter = layer.num_batches_tracked
-        if id(counter) not in scaled:
+        if counter is not None and id(counter) not in scaled:
             scaled.add(id(counter))
             counter.mul_(steps_per_update).div_(until_now, rounding_mode="floor")
         layer.set_schedule(schedule)

@@ -136,21 +136,23 @@ class RenormSchedule:
             values["r_max"] = 1.0
         return cls(**values, steps_per_update=steps_per_update)
 
-    def recognised_in(self, schedule: Tensor) -> RenormSchedule:
-        """from_tensor, for a layer that has this schedule: if the tensor is this one with another
-        steps_per_update, the schedule found says which."""
+    def recognised_in(self, schedule: Tensor, otherwise: int = 1) -> RenormSchedule:
+        """from_tensor, for a layer that has this schedule: if the tensor has the steps of this one
+        with another steps_per_update, the schedule found says which; otherwise it is `otherwise`.
+        """
         found = RenormSchedule.from_tensor(schedule)
         tried = {self.steps_per_update}
         tried |= {getattr(found, n) / getattr(self, n) for n in _STEPS if getattr(self, n) > 0}
+        alike = replace(self, r_max=found.r_max, d_max=found.d_max)
         for per in tried:
             if per == int(per) >= 1:
                 try:
-                    same = replace(self, steps_per_update=int(per))
+                    same = replace(alike, steps_per_update=int(per))
                 except ValueError:  # so many that no float holds the steps
                     continue
                 if torch.equal(same.as_tensor("cpu"), found.as_tensor("cpu")):
                     return same
-        return found
+        return RenormSchedule.from_tensor(schedule, otherwise)
 
     def limits_at(self, step: int) -> tuple[float, float]:
         """(r_max, d_max) for the batch that comes after `step` others, microbatches included.

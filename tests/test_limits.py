@@ -335,7 +335,6 @@ def test_nothing_waits_for_the_gpu():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer.set_limits(2.0, 1.0)
         layer.set_schedule(UPDATES)
         layer.set_limits(2.0, 1.0)
     finally:
@@ -369,6 +368,56 @@ def test_a_schedule_that_came_another_way_is_the_one_that_goes_on(now):
     layer.set_steps_per_update(8, before=now)
     assert layer.schedule.tolist() == replace(others, steps_per_update=8).as_tensor().tolist()
     assert layer.num_batches_tracked == 12 * 8 // now
+
+
+@pytest.mark.parametrize(
+    ("buffer", "k"),
+    [
+        (replace(UPDATES, r_max=7.0), 4),  # other limits, the same steps
+        (replace(UPDATES, r_max=7.0, steps_per_update=16), 16),
+        (replace(UPDATES, warmup_steps=3), 4),  # nothing of another k in it
+    ],
+    ids=["limits", "limits and accumulation", "steps"],
+)
+def test_what_counts_a_step_is_the_layers_own_unless_the_buffer_says_otherwise(buffer, k):
+    layer = BatchRenorm1d(3, schedule=UPDATES)
+    layer.schedule.copy_(buffer.as_tensor())
+    layer.num_batches_tracked.fill_(32)
+    layer.set_steps_per_update(8)
+    assert layer.schedule.tolist() == replace(buffer, steps_per_update=8).as_tensor().tolist()
+    assert layer.num_batches_tracked == 32 * 8 // k
+
+
+def test_a_layer_whose_buffers_have_no_values_yet_can_be_told():
+    """to_empty() leaves anything there; reset_parameters() comes after."""
+    meta, empty = (BatchRenorm1d(3, schedule=UPDATES, device="meta") for _ in range(2))
+    empty.to_empty(device="cpu").schedule.fill_(math.nan)
+    for layer in (meta, empty):
+        layer.set_steps_per_update(8)
+        assert layer._schedule == per(8)
+    assert meta.read_limits() == (1.0, 0.0)
+    assert empty.schedule.tolist() == per(8).as_tensor().tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: set_schedule(m, per(1)),
+        lambda m: set_limits(m, 2.0, 1.0),
+        lambda m: set_steps_per_update(m, 8),
+    ],
+    ids=["schedule", "limits", "steps_per_update"],
+)
+def test_a_layer_that_cannot_change_leaves_the_others_as_they_are(change):
+    with torch.inference_mode():
+        fixed = BatchRenorm1d(3, schedule=UPDATES)
+    model = nn.Sequential(BatchRenorm1d(3, schedule=UPDATES), fixed)
+    model[0].num_batches_tracked.fill_(8)
+    before, text = copy.deepcopy(model[0].state_dict()), repr(model)
+    with pytest.raises(ValueError, match="schedule must not be an inference tensor"):
+        change(model)
+    torch.testing.assert_close(model[0].state_dict(), before, rtol=0, atol=0)
+    assert repr(model) == text
 
 
 def test_the_same_schedule_of_another_accumulation_is_recognised_where_it_lies():

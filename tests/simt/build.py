@@ -84,13 +84,18 @@ def _digest(*parts: str | bytes) -> str:
 def made_once(target: Path, make: Callable[[Path], object]) -> Path:
     """``target``, which ``make(path)`` makes under another name if it is not there yet: one process
     at a time, and the others find it made."""
+    if target.exists():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
         if not target.exists():
-            part = target.with_suffix(f".part{target.suffix}")
-            make(part)
-            part.replace(target)
+            part = target.with_suffix(f".{os.getpid()}{target.suffix}")
+            try:
+                make(part)
+                part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
     return target
 
 
