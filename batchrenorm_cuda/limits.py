@@ -38,8 +38,6 @@ def set_schedule(model: nn.Module, schedule: RenormSchedule, *, from_now: bool =
     if from_now:
         for name, layer in layers.items():
             planned[name] = later(schedule, batches_seen(layer.num_batches_tracked, name))
-    for layer in layers.values():
-        layer._require_settable("schedule")
     for name, layer in layers.items():
         layer.set_schedule(planned[name])
 
@@ -54,10 +52,7 @@ def set_limits(model: nn.Module, r_max: float, d_max: float) -> None:
         ValueError, TypeError: naming the argument and what it got, before anything has changed.
     """
     RenormSchedule.constant(r_max, d_max)
-    layers = _limited(model).values()
-    for layer in layers:
-        layer._require_settable("schedule")
-    for layer in layers:
+    for layer in _limited(model).values():
         layer.set_limits(r_max, d_max)
 
 
@@ -85,9 +80,12 @@ def set_steps_per_update(
 
 
 def _limited(model: nn.Module) -> dict[str, _BatchRenorm]:
+    """The layers that have limits, by name, or an error if those of one cannot be set."""
     layers = {name: m for name, m in layers_of(model).items() if m.schedule is not None}
     if not layers:
         warnings.warn(
             f"{type(model).__name__} has no Batch Renorm with moving statistics", stacklevel=3
         )
+    for layer in layers.values():
+        layer._require_settable("schedule")
     return layers

@@ -200,8 +200,8 @@ class _BatchRenorm(nn.Module):
                 checkpoint if the layer was made with the schedule that it was saved with, whatever
                 the schedule's steps_per_update. A checkpoint whose steps are all the layer's times
                 a whole number is taken for such a one; from any other it is 1, and with a schedule
-                that has no steps the layer's own. So it is with what was written into the buffer
-                without load_state_dict, but that any other is taken to count as the layer did.
+                that has no steps the layer's own. What was written into the buffer without
+                load_state_dict is taken the same way, but any other to count as the layer does.
                 Where that is wrong `before` has to say it.
         """
         accumulate([self], steps_per_update, before)

@@ -548,7 +548,8 @@ def bits(out: dict[str, np.ndarray]) -> dict[str, bytes]:
 def over_schedules(emulator: Emulator, launch) -> dict[str, np.ndarray]:
     """The result of a launch, after making sure that it does not depend on the order of events."""
     first = None
-    # Addresses, which are what sanitizers look at, are the same in every order.
+    # Addresses, which are what sanitizers look at, are the same in every order: the first and the
+    # one of several threads will do.
     for schedule in SCHEDULES[::5] if sanitizing() else SCHEDULES:
         emulator.schedule = schedule
         out = launch()

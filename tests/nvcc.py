@@ -1,4 +1,4 @@
-"""What nvcc makes of a source, kept under build/nvcc by a digest of all that it depends on: made
+"""What nvcc makes of a source, kept under build/nvcc by a digest of sources, flags and nvcc: made
 once, whoever asks first."""
 
 from __future__ import annotations

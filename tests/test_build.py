@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -202,6 +203,16 @@ def test_gencode(setup_py):
     assert of["8.7+PTX"] == "'-gencode=arch=compute_87,code=[sm_87,compute_87]'"
     assert of["10.0+PTX"] == "'-gencode=arch=compute_100,code=[sm_100,compute_100]'"
     assert of["12.0"] == "'-gencode=arch=compute_100,code=[sm_120]'"
+
+
+def test_architectures_with_ptx_in_common_compile_the_same_source(setup_py):
+    """A branch for 9.0 alone would be left out of what is made for it from the PTX of 8.0."""
+    sources = "".join(path.read_text() for path in ROOT.glob("csrc/*/*"))
+    least = [int(n) for n in re.findall(r"__CUDA_ARCH__ (?:<|>=) (\d+)", sources)]
+    assert len(least) == len(re.findall(r"(?<!defined\()__CUDA_ARCH__", sources)) > 0
+    for name, virtual in setup_py.ARCHES.items():
+        own = int(name.partition("+")[0].replace(".", ""))
+        assert [10 * own >= n for n in least] == [10 * virtual >= n for n in least], name
 
 
 def test_build_info_is_about_this_build():

@@ -396,6 +396,9 @@ def test_a_layer_whose_buffers_have_no_values_yet_can_be_told():
         layer.set_steps_per_update(8)
         assert layer._schedule == per(8)
     assert meta.read_limits() == (1.0, 0.0)
+    empty.num_batches_tracked = None
+    empty.set_steps_per_update(4)
+    empty.set_steps_per_update(8)
     assert empty.schedule.tolist() == per(8).as_tensor().tolist()
 
 
