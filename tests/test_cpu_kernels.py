@@ -137,7 +137,8 @@ def test_the_normalisation_alone_gives_the_same_bits(case, dtype):
     assert torch.equal(ops.renormalize(t.x, t.weight, t.bias, stats), y)
 
 
-# Outputs of more than 32 MB go past the caches, in whole aligned vectors.
+# Outputs of more than 32 MB, on some processors of 8, go past the caches, in whole aligned
+# vectors.
 @BOTH_LAYOUTS
 @pytest.mark.parametrize(
     "shape",
@@ -152,16 +153,16 @@ def test_the_normalisation_alone_gives_the_same_bits(case, dtype):
 def test_a_large_output_has_the_bits_of_its_pieces(dtype, shape, form):
     large = (*shape[:1], shape[1] * torch.float32.itemsize // dtype.itemsize, *shape[2:])
     t = tensors.make(Case("", large, "", form=form), dtype, CPU)
-    assert t.x.nbytes > 2**25 > t.x[:3].nbytes
+    assert t.x.nbytes > 2**25 > 2**23 > t.x[0].nbytes
     still = (t.weight, t.bias, t.running_mean, t.running_std)
     y = ops.inference(t.x, *still)
     dy = torch.empty_like(t.x).copy_(t.dy)
     dx, _, _ = ops.inference_backward(dy, t.x, t.weight, *still[2:])
-    for begin in range(0, 9, 3):
-        x_part, dy_part = t.x[begin : begin + 3], dy[begin : begin + 3]
-        assert torch.equal(y[begin : begin + 3], ops.inference(x_part, *still))
+    for i in range(9):
+        x_part, dy_part = t.x[i : i + 1], dy[i : i + 1]
+        assert torch.equal(y[i : i + 1], ops.inference(x_part, *still))
         dx_part, _, _ = ops.inference_backward(dy_part, x_part, t.weight, *still[2:])
-        assert torch.equal(dx[begin : begin + 3], dx_part)
+        assert torch.equal(dx[i : i + 1], dx_part)
 
 
 def test_many_short_planes_go_past_the_caches_with_the_same_bits():

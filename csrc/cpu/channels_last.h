@@ -48,7 +48,7 @@ void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centr
 }
 
 // What is written goes by kTogether rows of a vector each, which share their parameters, or row by
-// row. Two kilobytes or more, or those rows, ahead of it lines are fetched; those to be written
+// row. Lines are fetched Part::ahead of it or more, or those rows; those to be written, if at all,
 // only where rows that go together are long enough for neighbours of a column to lie apart: in rows
 // of 256 bytes, inference of (4, 128, 28, 28) bfloat16 takes 52 us, and 65 with it. GB/s of x for
 // y, (32, 1024, 14, 14) float32 with AVX-512, a row at a time, 4 and 8: 14.9, 17.6 and 15.8.
@@ -59,10 +59,10 @@ struct Ahead {
   std::int64_t elements;
   bool written = false;
 
-  BRN_LANES explicit Ahead(const Rows& rows) : elements(ahead_by<T>(rows, 2048)) {
+  BRN_LANES explicit Ahead(const Rows& rows) : elements(ahead_by<T>(rows, rows.ahead * sizeof(T))) {
     if (!are_written_together<T>(rows)) return;
     if (elements < kTogether * rows.stride) elements = kTogether * rows.stride;
-    written = rows.stride * sizeof(T) >= 512;
+    written = rows.written && rows.stride * sizeof(T) >= 512;
   }
 };
 

@@ -31,10 +31,11 @@ struct Part {
   std::int64_t within;  // kChannelsFirst: of its plane, where it begins
   std::int64_t offset;  // kChannelsFirst: elements from position 0 to where it begins
   std::int64_t next;    // kChannelsFirst: elements to the slab that is reduced next; 0: none
-  std::int64_t ahead;   // elements from what is read in a row to what is fetched; 0: nothing
+  std::int64_t ahead;   // elements from what is read in a row to what is fetched; see cache.h
   bool in_order;        // kChannelsFirst: parts are done in the order in which they lie in memory
   bool streamed;        // what is written goes past the caches, which are smaller
   bool to_l1;           // whether planes that are fetched at once go to the L1, not to the L2
+  bool written;         // kChannelsLast: whether lines that will be written are fetched
 };
 
 // Parameters of `width` channels, as a struct of arrays.

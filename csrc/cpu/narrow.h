@@ -27,12 +27,17 @@ struct Narrow {
 
   BRN_LANES explicit Narrow(const Rows& rows) : width(rows.width), fold(kLanes<T>) {
     while (fold % 2 == 0 && width * (fold / 2) % kLanes<T> == 0) fold /= 2;
-    wide = {rows.first, rows.count / fold, rows.stride * fold, rows.width * fold, rows.streamed};
+    wide = rows;
+    wide.count /= fold;
+    wide.stride *= fold;
+    wide.width *= fold;
     if (wide.width < kLanes<T> || wide.width > kMost) __builtin_unreachable();
     rest = rows.count % fold * rows.width;
     rest_at = wide.first + wide.count * wide.stride;
   }
-  BRN_LANES Rows rest_row() const { return {0, 1, wide.width, wide.width, false}; }
+  BRN_LANES Rows rest_row() const {
+    return {0, 1, wide.width, wide.width, wide.ahead, false, wide.written};
+  }
 
   // The values of a wide row's columns.
   BRN_LANES const Real* repeat(const Real* values, Real* repeated) const {

@@ -15,12 +15,19 @@ struct Rows {
   std::int64_t count;
   std::int64_t stride;
   std::int64_t width;
+  std::int64_t ahead;  // these three as in Part
   bool streamed;
+  bool written;
 };
 
 BRN_LANES Rows rows_of(const Part& part) {
-  return {part.first + part.begin * part.stride, part.end - part.begin, part.stride, part.width,
-          part.streamed};
+  return {part.first + part.begin * part.stride,
+          part.end - part.begin,
+          part.stride,
+          part.width,
+          part.ahead,
+          part.streamed,
+          part.written};
 }
 
 constexpr int kRows = 8;  // that are reduced before they are added to the columns' totals

@@ -26,18 +26,13 @@ constexpr std::int64_t kMostParts = 64;
 
 // Measured, here and in the other files, on two cores of an AMD EPYC with AVX-512, 1 MB of L2 a
 // core and 32 MB of L3; where it says Zen 3 or AVX2, on two of an older one, 512 KB of L2 a core;
-// where it says Emerald Rapids, on two of an Intel Xeon with AVX-512, 2 MB of L2 a core.
+// where it says Zen 5, on two of a newer one, caches as the first but 48 KB of L1; where it says
+// Emerald Rapids, on two of an Intel Xeon with AVX-512, 2 MB of L2 a core.
 
 // Below, a second thread costs more than it saves. On 25,088 float32, one thread and two: forward
 // and backward 59 us and 41; on Zen 3 in channels_last, (1, 512, 7, 7), forward 31 and 22, backward
 // 48 and 31.
 constexpr std::int64_t kSerialElements = 16 * 1024;
-
-// A tensor that is larger does not stay in the caches: it is written past them, which spares
-// reading what is overwritten. Forward and backward of (32, 256, 56, 56) float32, one thread, in
-// memory that has been written before: 17.1 and 20.1 ms through the caches, 12.0 and 14.5 past
-// them.
-constexpr std::int64_t kStreamedBytes = 32 * 1024 * 1024;
 
 // [0, total) in `count` shares of as many whole units as the others, or one more; the last unit may
 // not be whole. Threads take as many shares each, so these must be even: backward of (4, 2048, 7,
@@ -77,7 +72,7 @@ struct Slabs {
     constexpr std::int64_t kMostBytes = 512 * 1024;
     const Problem& p = problem;
     if (p.layout == Layout::kChannelsLast || slab + 1 >= count()) return 0;
-    if (!fetching_ahead_pays()) return 0;
+    if (!traits().next_slab) return 0;
     const std::int64_t width = channels.begin(slab + 1) - channels.begin(slab);
     return width * p.reduced() * size_of(p.dtype) <= kMostBytes ? width * p.spatial : 0;
   }
@@ -99,10 +94,11 @@ struct Slabs {
     part.within = first ? part.begin - planes * p.spatial : 0;
     part.offset = planes * part.stride + part.within;
     part.next = 0;
-    part.ahead = fetched_ahead_bytes() / size_of(p.dtype);
+    part.ahead = (first ? traits().ahead : traits().ahead_of_rows) / size_of(p.dtype);
     part.in_order = false;
-    part.streamed = p.elements() * size_of(p.dtype) > kStreamedBytes;
-    part.to_l1 = fetching_to_l1_pays();
+    part.streamed = p.elements() * size_of(p.dtype) > traits().streamed;
+    part.to_l1 = traits().to_l1;
+    part.written = traits().written;
     return part;
   }
 };
@@ -138,7 +134,7 @@ inline std::int64_t slab_width(const Problem& p, int inputs) {
     const std::int64_t bytes = channel * p.channels;
     const bool many = p.batch >= kManyPlanes;
     const bool by_plane = many && p.spatial * size_of(p.dtype) <= isa().short_plane_bytes;
-    const std::int64_t share = by_plane ? 2 : many && fetching_ahead_pays() ? 8 : 4;
+    const std::int64_t share = by_plane ? 2 : many && traits().next_slab ? 8 : 4;
     const std::int64_t most = std::min(l2_bytes() / share / inputs, kPartBytes);  // one part
     const std::int64_t small = std::min(quarter_of(bytes), most);
     return std::clamp<std::int64_t>(small / channel, 1, std::max<std::int64_t>(p.channels, 1));
