@@ -13,9 +13,8 @@
 
 namespace brn::cpu {
 
-// From so many planes a channel on, the next slab may be fetched while one is written (where
-// vectors are short, in some cases from half as many on; see runs.h), and short planes are done in
-// the order of memory (see plane_by_plane.h).
+// From so many planes a channel on, short planes are done in the order of memory (see
+// plane_by_plane.h).
 constexpr std::int64_t kManyPlanes = 8;
 
 // A stretch [begin, end) of the positions of one slab; see slabs.h.
@@ -28,14 +27,16 @@ struct Part {
   std::int64_t stride;   // elements from plane to plane, or in kChannelsLast from row to row
   std::int64_t begin;
   std::int64_t end;
-  std::int64_t within;  // kChannelsFirst: of its plane, where it begins
-  std::int64_t offset;  // kChannelsFirst: elements from position 0 to where it begins
-  std::int64_t next;    // kChannelsFirst: elements to the slab that is reduced next; 0: none
-  std::int64_t ahead;   // elements from what is read in a row to what is fetched; see cache.h
+  std::int64_t within;       // kChannelsFirst: of its plane, where it begins
+  std::int64_t offset;       // kChannelsFirst: elements from position 0 to where it begins
+  std::int64_t next;         // kChannelsFirst: elements to the slab that is reduced next; 0: none
+  std::int64_t ahead;        // elements from what is read in a row to what is fetched; see traits.h
+  std::int64_t many_planes;  // kChannelsFirst: from which on the next slab is fetched (see runs.h)
   bool in_order;        // kChannelsFirst: parts are done in the order in which they lie in memory
   bool streamed;        // what is written goes past the caches, which are smaller
-  bool to_l1;           // whether planes that are fetched at once go to the L1, not to the L2
-  bool written;         // kChannelsLast: whether lines that will be written are fetched
+  bool to_l1;           // whether what is fetched, in kChannelsFirst short planes, goes to the L1
+  bool fetch_written;   // kChannelsLast: whether lines that will be written are fetched
+  bool eight_together;  // kChannelsLast: whether eight rows are written together, not four
 };
 
 // Parameters of `width` channels, as a struct of arrays.

@@ -36,7 +36,7 @@ struct Narrow {
     rest_at = wide.first + wide.count * wide.stride;
   }
   BRN_LANES Rows rest_row() const {
-    return {0, 1, wide.width, wide.width, wide.ahead, false, wide.written};
+    return {0, 1, wide.width, wide.width, wide.ahead, false, wide.fetch_written, wide.to_l1, false};
   }
 
   // The values of a wide row's columns.

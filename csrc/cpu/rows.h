@@ -15,9 +15,11 @@ struct Rows {
   std::int64_t count;
   std::int64_t stride;
   std::int64_t width;
-  std::int64_t ahead;  // these three as in Part
+  std::int64_t ahead;  // these as in Part
   bool streamed;
-  bool written;
+  bool fetch_written;
+  bool to_l1;
+  bool eight_together;
 };
 
 BRN_LANES Rows rows_of(const Part& part) {
@@ -27,7 +29,9 @@ BRN_LANES Rows rows_of(const Part& part) {
           part.width,
           part.ahead,
           part.streamed,
-          part.written};
+          part.fetch_written,
+          part.to_l1,
+          part.eight_together};
 }
 
 constexpr int kRows = 8;  // that are reduced before they are added to the columns' totals

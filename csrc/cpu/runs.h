@@ -116,7 +116,7 @@ template <typename T>
 BRN_LANES std::int64_t fetched_ahead_of_writing(const Part& part) {
   constexpr std::int64_t kSome = sizeof(T) == 2 ? kShortPlane<T> : 4096 / sizeof(T);
   const bool some = BRN_VECTOR_BYTES < 64 && part.plane > kSome;
-  const std::int64_t planes = some ? kManyPlanes / 2 : kManyPlanes;
+  const std::int64_t planes = some ? kManyPlanes / 2 : part.many_planes;
   const bool many = part.end - part.begin >= planes * part.plane;
   return part.plane <= kLongPlane<T> && many ? part.next : 0;
 }

@@ -13,6 +13,7 @@
 #include "element.h"
 #include "isa.h"
 #include "launch.h"
+#include "traits.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -95,10 +96,13 @@ struct Slabs {
     part.offset = planes * part.stride + part.within;
     part.next = 0;
     part.ahead = (first ? traits().ahead : traits().ahead_of_rows) / size_of(p.dtype);
+    part.many_planes = traits().many_planes;
+    part.many_planes = traits().many_planes;
     part.in_order = false;
     part.streamed = p.elements() * size_of(p.dtype) > traits().streamed;
-    part.to_l1 = traits().to_l1;
-    part.written = traits().written;
+    part.to_l1 = first ? traits().to_l1 : traits().rows_to_l1;
+    part.fetch_written = traits().fetch_written;
+    part.eight_together = traits().eight_together;
     return part;
   }
 };

@@ -23,11 +23,13 @@ BRN_LANES std::int64_t fetched_ahead(const Rows& rows) {
 // Deviations of `rows` rows from the first of them, and their squares.
 template <typename T>
 BRN_LANES LaneSums<T> tile_deviations(const T* x, std::int64_t stride, std::int64_t ahead,
-                                      Lanes<T> first, int rows) {
-  fetch(x + ahead);
+                                      Lanes<T> first, int rows, bool to_l1) {
+  const auto fetch_line = [&](const T* line)
+                              BRN_INLINED { to_l1 ? fetch<false, true>(line) : fetch(line); };
+  fetch_line(x + ahead);
   LaneSums<T> sums[2] = {{{}, first - first}, {}};  // of infinity: NaN
   for (int k = 1; k < rows; ++k) {
-    fetch(x + k * stride + ahead);
+    fetch_line(x + k * stride + ahead);
     const Lanes<T> d = load(x + k * stride) - first;
     sums[k % 2] += LaneSums<T>::of(d, d);
   }
@@ -54,10 +56,11 @@ BRN_LANES void tiled_moments(const Rows& rows, const T* x, const ColumnMoments<T
     const Lanes<T> first = load(tile);
     if (height == kRows) {
       totals.add(row, kRows, c, place, first,
-                 tile_deviations(tile, rows.stride, ahead, first, kRows));
+                 tile_deviations(tile, rows.stride, ahead, first, kRows, rows.to_l1));
     } else {
-      totals.add(row, height, c, place, first,
-                 tile_deviations(tile, rows.stride, 0, first, static_cast<int>(height)));
+      totals.add(
+          row, height, c, place, first,
+          tile_deviations(tile, rows.stride, 0, first, static_cast<int>(height), rows.to_l1));
     }
   });
 }
@@ -70,11 +73,14 @@ BRN_LANES void tiled_sums(const Rows& rows, const T* dy, const T* x, const RealO
                              std::int64_t place) BRN_INLINED {
     const std::int64_t tile = rows.first + row * rows.stride + c;
     const Lanes<T> centre = load_lanes<T>(centres + place);
+    const auto fetch_line = [&](const T* line) BRN_INLINED {
+      rows.to_l1 ? fetch<false, true>(line) : fetch(line);
+    };
     LaneSums<T> sums{};
     if (height == kRows) {
       for (int k = 0; k < kRows; ++k) {
-        fetch(dy + tile + k * rows.stride + ahead);
-        fetch(x + tile + k * rows.stride + ahead);
+        fetch_line(dy + tile + k * rows.stride + ahead);
+        fetch_line(x + tile + k * rows.stride + ahead);
       }
       sums = tile_sums<kRows>(dy + tile, x + tile, rows.stride, centre);
     } else {
