@@ -137,14 +137,14 @@ def test_the_normalisation_alone_gives_the_same_bits(case, dtype):
     assert torch.equal(ops.renormalize(t.x, t.weight, t.bias, stats), y)
 
 
-# Outputs of more than 32 MB, on some processors of 8, go past the caches, in whole aligned
-# vectors.
+# Outputs of more than 32 MB, on some processors of 8, go past the caches, in whole lines.
 @BOTH_LAYOUTS
 @pytest.mark.parametrize(
     "shape",
     [
         pytest.param((9, 32, 176, 176), id="aligned planes and rows"),
         pytest.param((9, 32, 175, 177), id="planes that begin anywhere"),
+        pytest.param((9, 8100, 11, 11), id="planes of a few lines"),
         pytest.param((9, 37, 160, 168), id="rows that begin anywhere"),
         pytest.param((9, 3, 640, 512), id="rows narrower than a vector"),
     ],
