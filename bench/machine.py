@@ -80,10 +80,16 @@ def header(device: torch.device) -> dict[str, str | int]:
 
 def directory_name(head: dict) -> str:
     """Where results of this machine go: bench/results/<this>. Of processors there are too many to
-    tell apart by name; what they can do decides which kernels run."""
-    if head["device"] == "cpu":
-        return f"cpu/{str(head['capability']).lower()}"
-    return re.sub(r"[^a-z0-9]+", "-", str(head["chip"]).lower()).strip("-")
+    tell apart by name; who made them and what they can do decides how kernels run."""
+    name = str(head["chip"])
+    if head["device"] != "cpu":
+        return _words(name)
+    maker = re.match(r"\w*", name)[0]
+    return "cpu/" + _words(f"{maker} {head['capability']}")
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _speeds(by_threads: dict[int, float], cpu: bool) -> str:

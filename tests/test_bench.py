@@ -470,13 +470,13 @@ def test_a_summary_is_of_our_rows_and_geometric():
 
 
 @pytest.mark.skipif(not (ROOT / "bench/results").exists(), reason="not part of an sdist")
-@pytest.mark.parametrize("folder", ["avx2", "avx512"])
+@pytest.mark.parametrize("folder", ["amd-avx2", "amd-avx512", "intel-avx512"])
 def test_what_is_published_are_the_results_that_are_committed(folder):
     directory = ROOT / "bench/results/cpu" / folder
     results = json.loads((directory / "cpu.json").read_text())
     published = (ROOT / "docs/cpu.md").read_text()
     assert "\n".join(summary.lines(results)) in published
-    if folder == "avx512":
+    if folder == "amd-avx512":
         assert "\n".join(summary.lines(results)) in (ROOT / "README.md").read_text()
     kept = json.loads((directory / "kept.json").read_text())
     assert kept["header"]["commit"] == results["header"]["commit"]
@@ -501,7 +501,10 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(capsys):
 
 def test_the_folder_of_a_chip():
     assert machine.directory_name({"device": "cuda", "chip": "NVIDIA H200"}) == "nvidia-h200"
-    assert machine.directory_name({"device": "cpu", "capability": "AVX2"}) == "cpu/avx2"
+    intel = {"device": "cpu", "chip": "Intel(R) Xeon(R) Processor", "capability": "AVX512"}
+    assert machine.directory_name(intel) == "cpu/intel-avx512"
+    assert machine.directory_name(intel | {"chip": "AMD EPYC"}) == "cpu/amd-avx512"
+    assert machine.directory_name(intel | {"chip": "", "capability": "NO AVX"}) == "cpu/no-avx"
 
 
 def test_the_gpu_script_goes_on_when_every_step_fails(tmp_path):
