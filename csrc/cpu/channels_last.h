@@ -78,9 +78,7 @@ struct Ahead {
     written = rows.fetch_written && rows.stride * sizeof(T) >= 512;
   }
 
-  BRN_LANES void operator()(const T* x) const {
-    to_l1 ? fetch<false, true>(x + elements) : fetch(x + elements);
-  }
+  BRN_LANES void operator()(const T* x) const { fetch_to(to_l1, x + elements); }
 };
 
 // Calls f(element, rows, place) for each vector of columns, of one row or of rows_together().

@@ -59,6 +59,11 @@ BRN_LANES void fetch(const T* line) {
   __builtin_prefetch(line, kToWrite, kToL1 ? 3 : 2);
 }
 
+template <typename T>
+BRN_LANES void fetch_to(bool l1, const T* line) {
+  l1 ? fetch<false, true>(line) : fetch(line);
+}
+
 // To an aligned address, past the caches. Not in order with other writes: see finish_streams().
 template <typename V>
 BRN_LANES void stream_vector(void* to, V v) {

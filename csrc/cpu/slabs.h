@@ -97,7 +97,6 @@ struct Slabs {
     part.next = 0;
     part.ahead = (first ? traits().ahead : traits().ahead_of_rows) / size_of(p.dtype);
     part.many_planes = traits().many_planes;
-    part.many_planes = traits().many_planes;
     part.in_order = false;
     part.streamed = p.elements() * size_of(p.dtype) > traits().streamed;
     part.to_l1 = first ? traits().to_l1 : traits().rows_to_l1;

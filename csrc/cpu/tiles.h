@@ -24,12 +24,10 @@ BRN_LANES std::int64_t fetched_ahead(const Rows& rows) {
 template <typename T>
 BRN_LANES LaneSums<T> tile_deviations(const T* x, std::int64_t stride, std::int64_t ahead,
                                       Lanes<T> first, int rows, bool to_l1) {
-  const auto fetch_line = [&](const T* line)
-                              BRN_INLINED { to_l1 ? fetch<false, true>(line) : fetch(line); };
-  fetch_line(x + ahead);
+  fetch_to(to_l1, x + ahead);
   LaneSums<T> sums[2] = {{{}, first - first}, {}};  // of infinity: NaN
   for (int k = 1; k < rows; ++k) {
-    fetch_line(x + k * stride + ahead);
+    fetch_to(to_l1, x + k * stride + ahead);
     const Lanes<T> d = load(x + k * stride) - first;
     sums[k % 2] += LaneSums<T>::of(d, d);
   }
@@ -73,14 +71,11 @@ BRN_LANES void tiled_sums(const Rows& rows, const T* dy, const T* x, const RealO
                              std::int64_t place) BRN_INLINED {
     const std::int64_t tile = rows.first + row * rows.stride + c;
     const Lanes<T> centre = load_lanes<T>(centres + place);
-    const auto fetch_line = [&](const T* line) BRN_INLINED {
-      rows.to_l1 ? fetch<false, true>(line) : fetch(line);
-    };
     LaneSums<T> sums{};
     if (height == kRows) {
       for (int k = 0; k < kRows; ++k) {
-        fetch_line(dy + tile + k * rows.stride + ahead);
-        fetch_line(x + tile + k * rows.stride + ahead);
+        fetch_to(rows.to_l1, dy + tile + k * rows.stride + ahead);
+        fetch_to(rows.to_l1, x + tile + k * rows.stride + ahead);
       }
       sums = tile_sums<kRows>(dy + tile, x + tile, rows.stride, centre);
     } else {
