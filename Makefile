@@ -21,7 +21,7 @@ VENV := .venv/made-$(KEY)
 READY := .venv/ready-$(KEY)
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install -q --disable-pip-version-check
-CXX_FILES := $(wildcard bench/*.cu bench/*.cuh csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu csrc/*/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/simt/include/*)
+CXX_FILES := $(wildcard bench/*.cpp bench/*.cu bench/*.cuh csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu csrc/*/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/simt/include/*)
 
 # pyproject.toml's optional dependencies, all of them. setuptools brings a parser to Python 3.10, which has none.
 define EXTRAS

@@ -13,7 +13,13 @@ class BuildInfo(TypedDict):
     nvcc: str  # "" without CUDA
     architectures: list[str]  # "9.0", "12.0+PTX"
 
+class CpuInfo(TypedDict):
+    instructions: str  # baseline, avx2 or avx512
+    settings: str  # of which processor; see csrc/cpu/traits.h
+    known_settings: list[str]
+
 def build_info() -> BuildInfo: ...
+def cpu_info() -> CpuInfo: ...
 
 class Plan:
     """How one pass is cut into blocks; csrc/core/geometry.h explains the fields."""

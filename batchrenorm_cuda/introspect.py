@@ -40,7 +40,7 @@ def covers(architectures: Sequence[str], capability: tuple[int, int]) -> str | N
 
 def doctor() -> tuple[str, list[str]]:
     """The state of this installation as text, and what is wrong with it, each with what to do."""
-    info = _C.build_info()
+    info, cpu = _C.build_info(), _C.cpu_info()
     problems = []
     architectures = info["architectures"]
     lines = [
@@ -51,6 +51,7 @@ def doctor() -> tuple[str, list[str]]:
     if info["cuda"]:
         lines.append(f"  for         {' '.join(architectures)}")
     lines += [
+        f"  processor   {cpu['instructions']}, settings for {cpu['settings']}",
         f"  python      {platform.python_version()} on {platform.platform()}",
         f"  torch       {torch.__version__}, "
         + (f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"),

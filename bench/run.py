@@ -39,7 +39,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 EXTRAS = ("overhead", "memory", "launches")
 
 
-def _list_of(known: Sequence[str]):
+def list_of(known: Sequence[str]):
     """An argparse type: names from `known`, separated by commas, or all."""
 
     def parse(text: str) -> list[str]:
@@ -58,17 +58,17 @@ def parser() -> argparse.ArgumentParser:
         description="Lists are separated by commas; all is everything.",
     )
     p.add_argument("--device", help="cpu or cuda; by default cuda where the build can use it")
-    p.add_argument("--suite", type=_list_of(list(shapes.SUITES)), help="default: resnet50, or cpu")
-    p.add_argument("--dtype", type=_list_of(list(shapes.DTYPES)), help="default: all but float64")
-    p.add_argument("--layout", type=_list_of(shapes.LAYOUTS), default=list(shapes.LAYOUTS))
+    p.add_argument("--suite", type=list_of(list(shapes.SUITES)), help="default: resnet50, or cpu")
+    p.add_argument("--dtype", type=list_of(list(shapes.DTYPES)), help="default: all but float64")
+    p.add_argument("--layout", type=list_of(shapes.LAYOUTS), default=list(shapes.LAYOUTS))
     p.add_argument("--at-least", type=float, default=0.0, metavar="MB", help="of one tensor")
-    p.add_argument("--op", type=_list_of(OPS), default=list(OPS))
-    p.add_argument("--providers", type=_list_of(list(providers.PROVIDERS)), default=None)
+    p.add_argument("--op", type=list_of(OPS), default=list(OPS))
+    p.add_argument("--providers", type=list_of(list(providers.PROVIDERS)), default=None)
     p.add_argument("--threads", type=lambda t: [int(n) for n in t.split(",")], help="CPU: 1,2")
     p.add_argument(
         "--hot", choices=("no", "yes", "both"), help="inputs in the cache; default: rl both"
     )
-    p.add_argument("--extras", type=_list_of((*EXTRAS, "none")), default=list(EXTRAS))
+    p.add_argument("--extras", type=list_of((*EXTRAS, "none")), default=list(EXTRAS))
     p.add_argument("--quick", action="store_true", help="few shapes, few samples")
     p.add_argument("--seconds", type=float, help="after which no other problem is started")
     p.add_argument("--json", type=Path, metavar="FILE", help="where results go")

@@ -4,6 +4,7 @@ What the layer computes is the matter of the other files; here is what only thes
 wrong. Sizes are chosen by how csrc/cpu cuts them.
 """
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from cases import each_case
 from tolerance import assert_as_accurate_as
 
+from batchrenorm_cuda import _C
 from batchrenorm_cuda.parity import report, tensors
 from batchrenorm_cuda.parity.cases import Case
 from batchrenorm_cuda.parity.check import check
@@ -348,6 +350,41 @@ def test_every_instruction_set_passes(capability):
         text=True,
     )
     assert run.returncode == 0, run.stdout
+
+
+def bits() -> str:
+    """Of all that steps leave: of every cut, and of outputs that some processors write past the
+    caches, or all, in planes and rows of whole lines and of others."""
+    digest = hashlib.sha256()
+    large = [(4, 256, 56, 56), (9, 32, 175, 177)]
+    forms = ["contiguous", "channels_last"]
+    past_caches = [Case("", shape, "", form=form) for shape in large for form in forms]
+    for case in CUTS + past_caches:
+        for dtype in (torch.float32, torch.bfloat16):
+            t = tensors.make(case, dtype, CPU)
+            y = ops.inference(t.x, t.weight, t.bias, t.running_mean, t.running_std)
+            for left in [y, *step(t)]:
+                digest.update(left.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def test_the_settings_of_every_processor_give_the_same_bits():
+    """Else only those of the processor that the tests run on would be tested."""
+    script = "import test_cpu_kernels as t; print(t._C.cpu_info()['settings'], t.bits())"
+    found = set()
+    for name in _C.cpu_info()["known_settings"]:
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=os.path.dirname(__file__),
+            env={**os.environ, "BATCHRENORM_CPU_TRAITS": name},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        settings, digest = run.stdout.split()
+        assert settings == name
+        found.add(digest)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

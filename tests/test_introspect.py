@@ -59,6 +59,7 @@ def test_doctor_finds_nothing_wrong_here():
     text, problems = introspect.doctor()
     assert problems == []
     assert torch.__version__ in text
+    assert f"processor   {_C.cpu_info()['instructions']}, settings for" in text
     assert "CPU         a training step is right" in text
 
 

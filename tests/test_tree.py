@@ -19,7 +19,7 @@ RULES = {
     "csrc/kernels/*": ({"csrc/core", "csrc/kernels"}, {*CUDA, "cuda_pipeline_primitives.h"}),
     "csrc/cpu/*": ({"csrc/core", "csrc/cpu", "csrc/kernels/launch.h"}, {"sys/mman.h", "unistd.h"}),
     "csrc/binding/introspection.cpp": (
-        {"csrc/core", "csrc/binding/regions.h"},
+        {"csrc/core", "csrc/cpu/isa.h", "csrc/cpu/traits.h", "csrc/binding/regions.h"},
         {"pybind11/pybind11.h"},
     ),
     "csrc/binding/cuda.cpp": (

@@ -3,6 +3,8 @@
 // operators.
 #include "../core/math.h"
 #include "../core/plan.h"
+#include "../cpu/isa.h"
+#include "../cpu/traits.h"
 #include "regions.h"
 
 #include <pybind11/pybind11.h>
@@ -30,6 +32,16 @@ py::dict build_info() {
   info["nvcc"] = nvcc;
   info["architectures"] = py::str(BRN_EXPANDED(BRN_ARCHITECTURES)).attr("split")(",");
   if (nvcc.empty()) info["architectures"] = py::list();
+  return info;
+}
+
+py::dict cpu_info() {
+  py::dict info;
+  info["instructions"] = cpu::isa().name;
+  info["settings"] = cpu::named_traits().name;
+  py::list known;
+  for (const cpu::NamedTraits& traits : cpu::kKnownTraits) known.append(traits.name);
+  info["known_settings"] = known;
   return info;
 }
 
@@ -121,6 +133,10 @@ std::string repr(const LaunchPlan& l) {
 void define(py::module_& m) {
   m.def("build_info", &build_info,
         "What was built: version, torch, compiler, cuda, nvcc, architectures.");
+
+  m.def("cpu_info", &cpu_info,
+        "What the CPU kernels take on this processor: instructions, and whose settings of "
+        "known_settings.");
 
   // The plan's own numbers, and those that need the problem or the device too.
   const auto plan_field = [](auto field) {

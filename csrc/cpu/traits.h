@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #if defined(__unix__)
 #include <unistd.h>
@@ -83,21 +85,41 @@ constexpr Traits zen5_traits() {
   return t;
 }
 
-inline Traits find_traits() {
+// Whose settings they are. BATCHRENORM_CPU_TRAITS may name another processor, to test and to time
+// its settings on this one.
+struct NamedTraits {
+  const char* name;
+  Traits traits;
+};
+constexpr NamedTraits kKnownTraits[] = {
+    {"other", {}}, {"intel", intel_traits()}, {"zen5", zen5_traits()}};
+
+inline const char* processor() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_is("intel")) return intel_traits();
+  if (__builtin_cpu_is("intel")) return "intel";
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   // An L1 of 48 KB came with Zen 5, whose name compilers know since GCC 14.
   constexpr std::int64_t kL1Bytes = 48 * 1024;
-  if (__builtin_cpu_is("amd") && sysconf(_SC_LEVEL1_DCACHE_SIZE) >= kL1Bytes) return zen5_traits();
+  if (__builtin_cpu_is("amd") && sysconf(_SC_LEVEL1_DCACHE_SIZE) >= kL1Bytes) return "zen5";
 #endif
 #endif
-  return {};
+  return "other";
 }
 
-inline const Traits& traits() {
-  static const Traits found = find_traits();
+inline NamedTraits find_traits() {
+  const char* const names[] = {std::getenv("BATCHRENORM_CPU_TRAITS"), processor()};
+  for (const char* name : names) {
+    for (const NamedTraits& known : kKnownTraits) {
+      if (name != nullptr && std::strcmp(name, known.name) == 0) return known;
+    }
+  }
+  return kKnownTraits[0];
+}
+
+inline const NamedTraits& named_traits() {
+  static const NamedTraits found = find_traits();
   return found;
 }
+inline const Traits& traits() { return named_traits().traits; }
 
 }  // namespace brn::cpu
