@@ -81,10 +81,11 @@ struct Tensors {
 };
 
 // As the layer after this one does.
-std::uint64_t read(const Problem& p, const void* tensor) {
+std::uint64_t read(const Problem& p, int threads, const void* tensor) {
   const auto words = static_cast<const std::uint64_t*>(tensor);
   const std::int64_t count = p.elements() * size_of(p.dtype) / 8;
   std::uint64_t sum = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : sum)
   for (std::int64_t i = 0; i < count; ++i) sum += words[i];
   return sum;
 }
@@ -101,9 +102,10 @@ double seconds(const Problem& p, Op op, const cpu::Parallel& parallel, const Ten
     const void* dy = tensors.dy[call % tensors.sets];
     if (op == kInference) layer.inference(p, parallel, x, tensors.y);
     if (op == kForward || op == kTrain) layer.forward(p, parallel, x, tensors.y);
-    if (reads && op != kBackward) sum = sum + read(p, tensors.y);
+    if (reads && op != kBackward) sum = sum + read(p, parallel.threads, tensors.y);
     if (op == kBackward || op == kTrain) layer.backward(p, parallel, x, dy, tensors.dx);
-    if (reads && (op == kBackward || op == kTrain)) sum = sum + read(p, tensors.dx);
+    if (reads && (op == kBackward || op == kTrain))
+      sum = sum + read(p, parallel.threads, tensors.dx);
   }
   const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
   return passed.count();
@@ -113,7 +115,7 @@ double seconds(const Problem& p, Op op, const cpu::Parallel& parallel, const Ten
 }  // namespace brn
 
 // Seconds of `calls` calls, on the inputs from set `first` on, over and over again. `reads`: with
-// what is written read once after each pass, by one thread.
+// what is written read once after each pass.
 extern "C" __attribute__((visibility("default"))) double batchrenorm_seconds(
     std::int64_t batch, std::int64_t channels, std::int64_t spatial, int layout, int dtype, int op,
     int threads, std::int64_t sets, const void* const* x, const void* const* dy, void* y, void* dx,

@@ -93,51 +93,57 @@ def load(tree: Path, objects: Iterable[Path], settings: str | None) -> Callable[
     if settings is not None:  # the first call finds them
         os.environ["BATCHRENORM_CPU_TRAITS"] = settings
     tiny = shapes.Problem((2, 1), "float32", "nhwc")
-    Comparison(tiny, "forward", threads=1, hot=True, reads=False).sample(function)
+    Comparison(tiny, "forward", threads=1, hot=True, reads=False).sampler(function)()
     os.environ.pop("BATCHRENORM_CPU_TRAITS", None)
     return function
 
 
 class Comparison:
-    """One pass over one problem, for every state on the same memory."""
+    """One pass over one problem, for every state on the same inputs. Each has outputs of its own:
+    what one leaves in the caches is not for another to clear away."""
 
     def __init__(
         self, problem: shapes.Problem, op: str, threads: int, hot: bool, reads: bool
     ) -> None:
         sets = timing.sets_needed(problem, CPU, hot)
         self._inputs = timing.inputs_of(problem, CPU, sets)
-        self._outputs = torch.empty_like(self._inputs[0][0]), torch.empty_like(self._inputs[0][0])
         self._rotation, self._calls = timing.Rotation(sets), 1
         batch, channels, *spatial = problem.shape
-        pointers = ctypes.c_void_p * sets
-        self._arguments = (
+        self._problem = (
             batch,
             channels,
             math.prod(spatial),
             shapes.LAYOUTS.index(problem.layout),
             list(shapes.DTYPES).index(problem.dtype),
-            OPS.index(op),
-            threads,
-            sets,
-            *(pointers(*(pair[i].data_ptr() for pair in self._inputs)) for i in range(2)),
-            *(output.data_ptr() for output in self._outputs),
-            reads,
         )
+        pointers = ctypes.c_void_p * sets
+        x, dy = (pointers(*(pair[i].data_ptr() for pair in self._inputs)) for i in range(2))
+        self._pass = (OPS.index(op), threads, sets, x, dy)
+        self._reads = reads
 
-    def sample(self, function: Callable[..., float]) -> float:
-        """Seconds of a call."""
-        first = self._rotation.take(self._calls).start
-        return function(*self._arguments, first, self._calls) / self._calls
+    def sampler(self, function: Callable[..., float]) -> Callable[[], float]:
+        """Of a state: seconds of a call."""
+        y, dx = (torch.empty_like(self._inputs[0][0]) for _ in range(2))
 
-    def samples(self, functions: dict[str, Callable[..., float]], seconds: float):
+        def sample() -> float:
+            first = self._rotation.take(self._calls).start
+            outputs = (y.data_ptr(), dx.data_ptr(), self._reads)
+            seconds = function(*self._problem, *self._pass, *outputs, first, self._calls)
+            return seconds / self._calls
+
+        return sample
+
+    def samples(
+        self, functions: dict[str, Callable[..., float]], seconds: float
+    ) -> dict[str, list[float]]:
         """Of each state, for `seconds` of it."""
-        for function in functions.values():  # the first call pays for pages and threads
-            self.sample(function)
-        a_call = self.sample(next(iter(functions.values())))
+        samplers = {name: self.sampler(function) for name, function in functions.items()}
+        for sample in samplers.values():  # the first call pays for pages and threads
+            sample()
+        a_call = next(iter(samplers.values()))()
         self._calls = max(1, math.ceil(LEAST_SECONDS / a_call))
         count = max(7, math.ceil(seconds / (a_call * self._calls)))
-        turns = {name: lambda f=function: self.sample(f) for name, function in functions.items()}
-        return timing.take_turns(turns, dict.fromkeys(functions, count))
+        return timing.take_turns(samplers, dict.fromkeys(samplers, count))
 
 
 def shape_list(text: str) -> list[tuple[int, ...]]:

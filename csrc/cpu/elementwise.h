@@ -18,7 +18,6 @@ void run_in_order(const Problem& p, const Parallel& parallel, const Pass& pass) 
       const std::int64_t slab = k % count;
       Part part = slabs.part(slab, k / count);
       part.in_order = true;
-      part.streamed = p.elements() * size_of(p.dtype) > traits().streamed_in_order;
       if (p.layout == Layout::kChannelsFirst) {
         part.ahead = traits().ahead_in_order / size_of(p.dtype);
       }

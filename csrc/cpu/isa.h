@@ -33,7 +33,7 @@ struct Part {
   std::int64_t ahead;        // elements from what is read in a row to what is fetched; see traits.h
   std::int64_t many_planes;  // kChannelsFirst: from which on the next slab is fetched (see runs.h)
   bool in_order;        // kChannelsFirst: parts are done in the order in which they lie in memory
-  bool streamed;        // what is written goes past the caches, which are smaller
+  bool streamed;        // what is written goes past the caches: whole lines (see streams.h)
   bool to_l1;           // whether what is fetched, in kChannelsFirst short planes, goes to the L1
   bool fetch_written;   // kChannelsLast: whether lines that will be written are fetched
   bool eight_together;  // kChannelsLast: whether eight rows are written together, not four

@@ -370,6 +370,10 @@ struct Mask {
       return bits_of<Vector<RealOf<T>>>(bits_of<Bits>(lanes.v[i]) & v[i]);
     });
   }
+  // Those of a where it is -1, of b elsewhere.
+  BRN_LANES Lanes<T> operator()(Lanes<T> a, Lanes<T> b) const {
+    return Lanes<T>::each([&](int i) BRN_INLINED { return v[i] ? a.v[i] : b.v[i]; });
+  }
 };
 
 // -1 for the last `count` of a vector's elements: at place `count` of as many zeros, then ones,

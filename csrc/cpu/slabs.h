@@ -60,8 +60,9 @@ struct Shares {
 
 struct Slabs {
   Problem problem;
-  Shares channels;   // a slab each
-  Shares positions;  // of a slab: a part each
+  Shares channels;            // a slab each
+  Shares positions;           // of a slab: a part each
+  std::int64_t streamed = 0;  // bytes of a tensor above which it is written past the caches
 
   std::int64_t count() const { return channels.count; }
   std::int64_t parts() const { return positions.count; }
@@ -76,6 +77,17 @@ struct Slabs {
     if (!traits().next_slab) return 0;
     const std::int64_t width = channels.begin(slab + 1) - channels.begin(slab);
     return width * p.reduced() * size_of(p.dtype) <= kMostBytes ? width * p.spatial : 0;
+  }
+
+  // Whether it pays to write a part past the caches. The lines at both ends of a stretch (see
+  // streams.h) go through them, those between must make up for it: of six lines, (32, 1024, 14, 14)
+  // bfloat16, they do not (Zen 5, forward and backward 0.98 and 0.90), of seven and a half, (32,
+  // 1024, 11, 11) float32, they do (1.15 and 1.05).
+  bool has_long_stretches(const Part& part) const {
+    constexpr std::int64_t kLine = 64;
+    const std::int64_t plane = part.plane * size_of(problem.dtype);
+    return part.layout == Layout::kChannelsLast || plane % kLine == 0 ||
+           (plane >= kLine && part.width * plane >= 7 * kLine);
   }
 
   Part part(std::int64_t slab, std::int64_t j) const {
@@ -98,7 +110,7 @@ struct Slabs {
     part.ahead = (first ? traits().ahead : traits().ahead_of_rows) / size_of(p.dtype);
     part.many_planes = traits().many_planes;
     part.in_order = false;
-    part.streamed = p.elements() * size_of(p.dtype) > traits().streamed;
+    part.streamed = p.elements() * size_of(p.dtype) > streamed && has_long_stretches(part);
     part.to_l1 = first ? traits().to_l1 : traits().rows_to_l1;
     part.fetch_written = traits().fetch_written;
     part.eight_together = traits().eight_together;
@@ -158,6 +170,7 @@ inline Slabs cut(const Problem& p, int inputs) {
   const bool first = p.layout == Layout::kChannelsFirst;
   Slabs slabs;
   slabs.problem = p;
+  slabs.streamed = inputs > 1 ? traits().streamed_backward : traits().streamed_forward;
   if (p.elements() == 0) return slabs;
   const std::int64_t width = slab_width(p, inputs);
   // In kChannelsLast of whole lines, and the nearest count: a little more than a page is no slab.
@@ -187,6 +200,7 @@ inline Slabs cut_in_order(const Problem& p) {
   const std::int64_t part = std::min(quarter_of(bytes), kPartBytes);
   if (p.layout == Layout::kChannelsLast) {
     Slabs slabs = cut(p, 1);
+    slabs.streamed = traits().streamed_in_order;
     const std::int64_t units = ceil_div(p.reduced(), slabs.positions.unit);
     const std::int64_t parts = std::min(in_fours(ceil_div(bytes, part)), units);
     if (slabs.count() == 1) slabs.positions = Shares::of(p.reduced(), parts, slabs.positions.unit);
@@ -195,6 +209,7 @@ inline Slabs cut_in_order(const Problem& p) {
   const std::int64_t plane = p.spatial * size_of(p.dtype);
   Slabs slabs;
   slabs.problem = p;
+  slabs.streamed = traits().streamed_in_order;
   slabs.channels = even_channels(p, std::clamp<std::int64_t>(part / plane, 1, p.channels));
   slabs.positions = Shares::of(p.reduced(), p.batch, p.spatial);
   return slabs;

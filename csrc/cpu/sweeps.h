@@ -16,6 +16,7 @@
 #include "plane_by_plane.h"
 #include "rows.h"
 #include "runs.h"
+#include "streams.h"
 
 #include <cstdint>
 #include <type_traits>
@@ -133,7 +134,9 @@ struct Entries {
   }
 
   static void normalise(const Part& part, const T* x, const Affines<Real>& a, T* y) {
-    if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
+    if (part.layout == Layout::kChannelsFirst && part.streamed) {
+      stream_part(Normalised<T>{x, a}, part, y, part.in_order ? part.ahead : 0);
+    } else if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
       normalise_plane_by_plane(part, x, a, y);
     } else if (part.layout == Layout::kChannelsFirst) {
       for_each_channel(part, fetched_to_write(part),
@@ -148,7 +151,9 @@ struct Entries {
 
   static void project(const Part& part, const T* dy, const T* x, const Real* centres,
                       const Projections<Real>& p, T* dx) {
-    if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
+    if (part.layout == Layout::kChannelsFirst && part.streamed) {
+      stream_part(Projected<T>{dy, x, centres, p}, part, dx, part.in_order ? part.ahead : 0);
+    } else if (part.layout == Layout::kChannelsFirst && goes_plane_by_plane<T>(part)) {
       project_plane_by_plane(part, dy, x, centres, p, dx);
     } else if (part.layout == Layout::kChannelsFirst) {
       for_each_channel(part, fetched_to_write(part),
