@@ -355,13 +355,11 @@ def test_every_instruction_set_passes(capability):
 
 
 def bits() -> str:
-    """Of all that steps leave: of every cut, and of outputs that some processors write past the
-    caches, or all, in planes and rows of whole lines and of others."""
+    """Of all that steps leave: of every cut, and of outputs of 26 and 13 MB, which some processors
+    write past the caches."""
     digest = hashlib.sha256()
-    large = [(4, 256, 56, 56), (9, 32, 175, 177)]
-    forms = ["contiguous", "channels_last"]
-    past_caches = [Case("", shape, "", form=form) for shape in large for form in forms]
-    for case in CUTS + past_caches:
+    large = [Case("", (6, 256, 75, 57), "", form=form) for form in ("contiguous", "channels_last")]
+    for case in CUTS + large:
         for dtype in (torch.float32, torch.bfloat16):
             t = tensors.make(case, dtype, CPU)
             y = ops.inference(t.x, t.weight, t.bias, t.running_mean, t.running_std)
