@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -61,6 +62,10 @@ def doctor() -> tuple[str, list[str]]:
             f"the compiled part is of version {info['version']}, the Python part of {__version__}:"
             f" {REBUILD}"
         )
+    wish = os.environ.get("BATCHRENORM_CPU_TRAITS")
+    if wish is not None and wish != cpu["settings"]:
+        known = ", ".join(cpu["known_settings"])
+        problems.append(f"BATCHRENORM_CPU_TRAITS must be one of {known}, got {wish!r}")
     lines.append(f"  CPU         {_verdict(torch.device('cpu'), problems)}")
 
     if torch.version.cuda is None:

@@ -59,6 +59,7 @@ def header(device: torch.device) -> dict[str, str | int]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "load": os.getloadavg()[0],
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "settings": batchrenorm_cuda._C.cpu_info()["settings"],
     }
     if device.type == "cuda":
         chip = torch.cuda.get_device_properties(device)
@@ -80,12 +81,10 @@ def header(device: torch.device) -> dict[str, str | int]:
 
 def directory_name(head: dict) -> str:
     """Where results of this machine go: bench/results/<this>. Of processors there are too many to
-    tell apart by name; who made them and what they can do decides how kernels run."""
-    name = str(head["chip"])
+    tell apart by name; settings and instructions decide how kernels run."""
     if head["device"] != "cpu":
-        return _words(name)
-    maker = re.match(r"\w*", name)[0]
-    return "cpu/" + _words(f"{maker} {head['capability']}")
+        return _words(str(head["chip"]))
+    return "cpu/" + _words(f"{head['settings']} {head['capability']}")
 
 
 def _words(text: str) -> str:

@@ -1,7 +1,7 @@
 """What a run says in a few lines, as Markdown tables: ratios to F.batch_norm over all shapes, and
 on the CPU the share of a copy's speed that large tensors reach.
 
-    python -m bench.summary bench/results/cpu/amd-avx2/cpu.json
+    python -m bench.summary bench/results/cpu/zen5-avx512/cpu.json
 """
 
 from __future__ import annotations

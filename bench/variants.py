@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import itertools
 import math
 import os
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from batchrenorm_cuda import _C
 
@@ -93,14 +95,14 @@ def load(tree: Path, objects: Iterable[Path], settings: str | None) -> Callable[
     if settings is not None:  # the first call finds them
         os.environ["BATCHRENORM_CPU_TRAITS"] = settings
     tiny = shapes.Problem((2, 1), "float32", "nhwc")
-    Comparison(tiny, "forward", threads=1, hot=True, reads=False).sampler(function)()
+    first = Comparison(tiny, "forward", threads=1, hot=True, reads=False)
+    first.sample(function, first.outputs())
     os.environ.pop("BATCHRENORM_CPU_TRAITS", None)
     return function
 
 
 class Comparison:
-    """One pass over one problem, for every state on the same inputs. Each has outputs of its own:
-    what one leaves in the caches is not for another to clear away."""
+    """One pass over one problem, for every state on the same inputs."""
 
     def __init__(
         self, problem: shapes.Problem, op: str, threads: int, hot: bool, reads: bool
@@ -121,23 +123,27 @@ class Comparison:
         self._pass = (OPS.index(op), threads, sets, x, dy)
         self._reads = reads
 
-    def sampler(self, function: Callable[..., float]) -> Callable[[], float]:
-        """Of a state: seconds of a call."""
-        y, dx = (torch.empty_like(self._inputs[0][0]) for _ in range(2))
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """y and dx. Every state has its own: what one leaves in the caches is not for another to
+        clear away."""
+        x, dy = self._inputs[0]
+        return torch.empty_like(x), torch.empty_like(dy)
 
-        def sample() -> float:
-            first = self._rotation.take(self._calls).start
-            outputs = (y.data_ptr(), dx.data_ptr(), self._reads)
-            seconds = function(*self._problem, *self._pass, *outputs, first, self._calls)
-            return seconds / self._calls
-
-        return sample
+    def sample(self, function: Callable[..., float], outputs: tuple[Tensor, Tensor]) -> float:
+        """Seconds of a call, on the inputs that were used longest ago."""
+        first = self._rotation.take(self._calls).start
+        y, dx = (output.data_ptr() for output in outputs)
+        how = (y, dx, self._reads, first, self._calls)
+        return function(*self._problem, *self._pass, *how) / self._calls
 
     def samples(
         self, functions: dict[str, Callable[..., float]], seconds: float
     ) -> dict[str, list[float]]:
         """Of each state, for `seconds` of it."""
-        samplers = {name: self.sampler(function) for name, function in functions.items()}
+        samplers = {
+            name: functools.partial(self.sample, function, self.outputs())
+            for name, function in functions.items()
+        }
         for sample in samplers.values():  # the first call pays for pages and threads
             sample()
         a_call = next(iter(samplers.values()))()

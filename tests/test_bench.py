@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from bench import (  # noqa: E402
     summary,
     table,
     timing,
+    variants,
 )
 
 CPU = torch.device("cpu")
@@ -470,13 +472,13 @@ def test_a_summary_is_of_our_rows_and_geometric():
 
 
 @pytest.mark.skipif(not (ROOT / "bench/results").exists(), reason="not part of an sdist")
-@pytest.mark.parametrize("folder", ["amd-avx2", "amd-avx512", "intel-avx512"])
+@pytest.mark.parametrize("folder", ["other-avx2", "zen5-avx512", "intel-avx512"])
 def test_what_is_published_are_the_results_that_are_committed(folder):
     directory = ROOT / "bench/results/cpu" / folder
     results = json.loads((directory / "cpu.json").read_text())
     published = (ROOT / "docs/cpu.md").read_text()
     assert "\n".join(summary.lines(results)) in published
-    if folder == "amd-avx512":
+    if folder == "zen5-avx512":
         assert "\n".join(summary.lines(results)) in (ROOT / "README.md").read_text()
     kept = json.loads((directory / "kept.json").read_text())
     assert kept["header"]["commit"] == results["header"]["commit"]
@@ -501,10 +503,10 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(capsys):
 
 def test_the_folder_of_a_chip():
     assert machine.directory_name({"device": "cuda", "chip": "NVIDIA H200"}) == "nvidia-h200"
-    intel = {"device": "cpu", "chip": "Intel(R) Xeon(R) Processor", "capability": "AVX512"}
-    assert machine.directory_name(intel) == "cpu/intel-avx512"
-    assert machine.directory_name(intel | {"chip": "AMD EPYC"}) == "cpu/amd-avx512"
-    assert machine.directory_name(intel | {"chip": "", "capability": "NO AVX"}) == "cpu/no-avx"
+    here = machine.header(CPU)
+    assert machine.directory_name(here).startswith(f"cpu/{_C.cpu_info()['settings']}-")
+    zen4 = here | {"settings": "other", "capability": "NO AVX"}
+    assert machine.directory_name(zen4) == "cpu/other-no-avx"
 
 
 def test_the_gpu_script_goes_on_when_every_step_fails(tmp_path):
@@ -572,3 +574,77 @@ def test_what_the_gpu_script_calls(tmp_path, seconds, rows):
     assert " build/some/csrc/kernels/forward.cu.o csrc/kernels/backward.cu " in call(
         "bench/sweep.cu"
     )
+
+
+@pytest.fixture(scope="module")
+def cpu_objects() -> list[Path]:
+    """Of the build that is tested, since compiling them anew takes a minute."""
+    tag = f"{sys.implementation.cache_tag}-torch-{torch.__version__}-*"
+    builds = sorted(ROOT.glob(f"build/{tag}/csrc/cpu"), key=lambda path: path.stat().st_mtime)
+    if not builds or sys.platform != "linux":
+        pytest.skip("needs what a build in place has left, and OpenMP")
+    return [builds[-1] / f"{source.name}.o" for source in (ROOT / "csrc/cpu").glob("*.cpp")]
+
+
+@pytest.fixture(scope="module")
+def cpu_function(cpu_objects):
+    return variants.load(ROOT, cpu_objects, None)
+
+
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
+@pytest.mark.parametrize("dtype", list(shapes.DTYPES))
+def test_variants_run_the_pass_that_they_are_asked_for(cpu_function, monkeypatch, dtype, layout):
+    """On the inputs whose turn it is, with the bits of the operators."""
+    problem = shapes.Problem((4, 6, 5, 7), dtype, layout)
+    inputs = [(problem.tensor(CPU) * 9 + 1, problem.tensor(CPU)) for _ in range(2)]
+    monkeypatch.setattr(timing, "inputs_of", lambda *_: inputs)
+    monkeypatch.setattr(timing, "sets_needed", lambda *_: len(inputs))
+    real = torch.float64 if dtype == "float64" else torch.float32
+    one, zero = torch.ones(6, dtype=real), torch.zeros(6, dtype=real)
+    for op in OPS:
+        comparison = variants.Comparison(problem, op, threads=2, hot=False, reads=True)
+        for x, dy in inputs:
+            y, dx = outputs = comparison.outputs()
+            assert comparison.sample(cpu_function, outputs) > 0
+            averages = (zero.clone(), one.clone())
+            step = (*averages, None, None, 0.01, 1e-5, 3.0, 5.0, False)
+            trained, stats = torch.ops.batchrenorm.forward(x, one, zero, *step)
+            if op == "inference":
+                assert torch.equal(y, torch.ops.batchrenorm.inference(x, one, zero, zero, one))
+            else:
+                assert torch.equal(y, trained)
+            if op in ("backward", "train"):
+                assert torch.equal(dx, torch.ops.batchrenorm.backward(dy, x, one, stats)[0])
+
+
+def test_variants_compare_states(cpu_objects, monkeypatch, capsys):
+    monkeypatch.setattr(variants, "objects_of", lambda tree: cpu_objects)
+    names = [str(ROOT), *(f"{ROOT}:{name}" for name in _C.cpu_info()["known_settings"])]
+    options = ["--shape", "2x3x4x5,6x7", "--dtype", "float32", "--seconds", "0", "--op", "forward"]
+    assert variants.main([*names, *options]) == 0
+    head, *rows, _, _, first_mean, second_mean = capsys.readouterr().out.splitlines()
+    assert head == f"us of {names[0]}; times as fast: {', '.join(names[1:])}"
+    assert [row.split()[:5] for row in rows] == [
+        ["forward", "2x3x4x5", "float32", "nchw", "1"],
+        ["forward", "2x3x4x5", "float32", "nhwc", "1"],
+        ["forward", "6x7", "float32", "nhwc", "1"],
+    ]
+    assert all(len(row.split()) == 6 + len(names) - 1 for row in rows)
+    of_one_shape = [float(ratio) for ratio in rows[0].split()[-3:]]
+    assert [float(ratio) for ratio in first_mean.split()[-3:]] == pytest.approx(
+        of_one_shape, abs=0.0051
+    )
+    assert second_mean.startswith("forward float32 nhwc 1 threads")
+
+
+@pytest.mark.parametrize(
+    ("state", "complaint"),
+    [
+        ("no-such-thing", "a directory or a revision of git, got 'no-such-thing'"),
+        (".:z80", "settings must be one of .*, got 'z80'"),
+    ],
+)
+def test_variants_refuse_what_is_no_state(state, complaint, capsys):
+    with pytest.raises(SystemExit):
+        variants.main([state])
+    assert re.search(complaint, capsys.readouterr().err)

@@ -29,6 +29,7 @@ CUTS = [
     Case("C = 3, m = 5", (5, 3), "fewer rows than make one wide row"),
     Case("C = 17", (333, 17), "a vector and one channel"),
     Case("C = 65", (8, 65, 14, 14), "four vectors and one channel"),
+    Case("C = 512", (13, 512), "eight rows are written together, then four, then one"),
     Case("wide", (16, 5000), "few rows of many channels are cut into columns"),
     Case("C = 2061", (150, 2061), "rows are reduced by two blocks of columns and 13 more"),
     Case("S = 7", (33, 5, 7), "runs shorter than a vector"),

@@ -71,6 +71,12 @@ def test_doctor_sees_a_stale_build(monkeypatch):
     assert introspect.REBUILD in problem
 
 
+def test_doctor_sees_settings_of_no_processor(monkeypatch):
+    monkeypatch.setenv("BATCHRENORM_CPU_TRAITS", "zen9")
+    (problem,) = introspect.doctor()[1]
+    assert problem == "BATCHRENORM_CPU_TRAITS must be one of other, intel, zen5, got 'zen9'"
+
+
 class _Properties:
     name, major, minor, multi_processor_count = "NVIDIA Fake", 9, 0, 132
 

@@ -47,11 +47,12 @@ void wide_sums(const Rows& rows, const T* dy, const T* x, const RealOf<T>* centr
   if (rows.count > 0) totals.spread(rows.width);
 }
 
-// What is written goes by kTogether rows of a vector each, which share their parameters, or row by
-// row. Lines are fetched Part::ahead of it or more, or those rows; those to be written, if at all,
-// only where rows that go together are long enough for neighbours of a column to lie apart: in rows
-// of 256 bytes, inference of (4, 128, 28, 28) bfloat16 takes 52 us, and 65 with it. GB/s of x for
-// y, (32, 1024, 14, 14) float32 with AVX-512, a row at a time, 4 and 8: 14.9, 17.6 and 15.8.
+// What is written goes by rows_together() rows of a vector each, which share their parameters, or
+// row by row. What lies Part::ahead further on is fetched, or so many rows, whichever is more;
+// lines to be written, if at all, only where rows that go together are long enough for neighbours
+// of a column to lie apart: in rows of 256 bytes, inference of (4, 128, 28, 28) bfloat16 takes 52
+// us, and 65 with it. GB/s of x for y, (32, 1024, 14, 14) float32 with AVX-512, a row at a time, 4
+// and 8: 14.9, 17.6 and 15.8.
 constexpr int kTogether = 4;
 constexpr int kEightTogether = 8;
 

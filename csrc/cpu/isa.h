@@ -14,7 +14,7 @@
 namespace brn::cpu {
 
 // From so many planes a channel on, short planes are done in the order of memory (see
-// plane_by_plane.h).
+// plane_by_plane.h), and slabs leave room for what is fetched of the next one.
 constexpr std::int64_t kManyPlanes = 8;
 
 // A stretch [begin, end) of the positions of one slab; see slabs.h.
@@ -32,10 +32,11 @@ struct Part {
   std::int64_t next;         // kChannelsFirst: elements to the slab that is reduced next; 0: none
   std::int64_t ahead;        // elements from what is read in a row to what is fetched; see traits.h
   std::int64_t many_planes;  // kChannelsFirst: from which on the next slab is fetched (see runs.h)
-  bool in_order;        // kChannelsFirst: parts are done in the order in which they lie in memory
-  bool streamed;        // what is written goes past the caches: whole lines (see streams.h)
-  bool to_l1;           // whether what is fetched, in kChannelsFirst short planes, goes to the L1
-  bool fetch_written;   // kChannelsLast: whether lines that will be written are fetched
+  bool in_order;       // kChannelsFirst: parts are done in the order in which they lie in memory
+  bool streamed;       // what is written goes past the caches: whole lines (see streams.h)
+  bool to_l1;          // whether what is fetched goes to the L1: in kChannelsFirst short planes, in
+                       // kChannelsLast what tiles and writes fetch
+  bool fetch_written;  // kChannelsLast: whether lines that will be written are fetched
   bool eight_together;  // kChannelsLast: whether eight rows are written together, not four
 };
 

@@ -36,7 +36,12 @@ struct Narrow {
     rest_at = wide.first + wide.count * wide.stride;
   }
   BRN_LANES Rows rest_row() const {
-    return {0, 1, wide.width, wide.width, wide.ahead, false, wide.fetch_written, wide.to_l1, false};
+    Rows row = wide;
+    row.first = 0;
+    row.count = 1;
+    row.stride = wide.width;
+    row.streamed = false;
+    return row;
   }
 
   // The values of a wide row's columns.

@@ -15,7 +15,6 @@
 #include "lanes.h"
 #include "runs.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -106,7 +105,7 @@ BRN_LANES void stream_stretch(const Pass& pass, T* y, std::int64_t w, std::int64
   std::int64_t i = at;
   if (length < kLine<T>) {
     for (; i < end; i += kStep) {
-      const std::int64_t count = std::min(end - i, kStep);
+      const std::int64_t count = end - i < kStep ? end - i : kStep;
       store_first(y + i, pass.at(channel, i, count), count);
     }
     return;
@@ -130,8 +129,8 @@ BRN_LANES void stream_stretch(const Pass& pass, T* y, std::int64_t w, std::int64
     if (i + kLine<T> > end) break;
     const auto next = pass.of(++w);
     for (std::int64_t k = 0; k < kLine<T>; k += kStep, i += kStep) {
-      const std::int64_t left = channel_end - i;
-      const Mask<T> mask = first_elements<T>(std::clamp<std::int64_t>(left, 0, kStep));
+      const std::int64_t left = channel_end > i ? channel_end - i : 0;
+      const Mask<T> mask = first_elements<T>(left < kStep ? left : kStep);
       stream(y + i, pass.at(Pass::mixed(mask, channel, next), i));
     }
     channel = next;
