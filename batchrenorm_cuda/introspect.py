@@ -63,7 +63,7 @@ def doctor() -> tuple[str, list[str]]:
             f" {REBUILD}"
         )
     wish = os.environ.get("BATCHRENORM_CPU_TRAITS")
-    if wish is not None and wish != cpu["settings"]:
+    if wish is not None and wish not in cpu["known_settings"]:
         known = ", ".join(cpu["known_settings"])
         problems.append(f"BATCHRENORM_CPU_TRAITS must be one of {known}, got {wish!r}")
     lines.append(f"  CPU         {_verdict(torch.device('cpu'), problems)}")

@@ -35,13 +35,7 @@ struct Layer {
         dbias(channels) {}
 
   void forward(const Problem& p, const cpu::Parallel& parallel, const void* x, void* y) {
-    ForwardParams params;
-    params.x = x;
-    params.y = y;
-    params.weight = weight.data();
-    params.bias = bias.data();
-    params.running_mean = running_mean.data();
-    params.running_std = running_std.data();
+    auto params = from_x_to_y<ForwardParams>(x, y);
     params.stats = stats.data();
     params.limits = {3.0, 5.0};
     cpu::forward(p, params, parallel);
@@ -59,14 +53,18 @@ struct Layer {
     cpu::backward(p, params, parallel);
   }
   void inference(const Problem& p, const cpu::Parallel& parallel, const void* x, void* y) {
-    InferenceParams params;
+    cpu::inference(p, from_x_to_y<InferenceParams>(x, y), parallel);
+  }
+  template <typename Params>
+  Params from_x_to_y(const void* x, void* y) {
+    Params params;
     params.x = x;
     params.y = y;
     params.weight = weight.data();
     params.bias = bias.data();
     params.running_mean = running_mean.data();
     params.running_std = running_std.data();
-    cpu::inference(p, params, parallel);
+    return params;
   }
 
   std::vector<Real> stats, running_std, weight, bias, running_mean, dweight, dbias;

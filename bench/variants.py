@@ -24,6 +24,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -41,14 +42,14 @@ LEAST_SECONDS = 2e-3  # of a sample, for the clock
 
 def tree_of(state: str) -> Path:
     """Where a state's sources are; those of a revision are exported, once."""
-    if Path(state).is_dir():
+    if (Path(state) / "setup.py").is_file():
         return Path(state).resolve()
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run(
         [*git, "rev-parse", "--verify", "-q", f"{state}^{{commit}}"], capture_output=True, text=True
     ).stdout.strip()
     if not commit:
-        raise ValueError(f"a state must be a directory or a revision of git, got {state!r}")
+        raise ValueError(f"a state must be a checkout or a revision of git, got {state!r}")
     tree = BUILT / commit[:12]
     if not (tree / "setup.py").is_file():
         tree.mkdir(parents=True, exist_ok=True)
@@ -92,12 +93,11 @@ def load(tree: Path, objects: Iterable[Path], settings: str | None) -> Callable[
     function.restype = ctypes.c_double
     function.argtypes = [number] * 3 + [ctypes.c_int] * 4 + [number] + [pointer] * 4
     function.argtypes += [ctypes.c_int, number, number]
-    if settings is not None:  # the first call finds them
-        os.environ["BATCHRENORM_CPU_TRAITS"] = settings
     tiny = shapes.Problem((2, 1), "float32", "nhwc")
     first = Comparison(tiny, "forward", threads=1, hot=True, reads=False)
-    first.sample(function, first.outputs())
-    os.environ.pop("BATCHRENORM_CPU_TRAITS", None)
+    wish = {} if settings is None else {"BATCHRENORM_CPU_TRAITS": settings}
+    with mock.patch.dict(os.environ, wish):  # the first call looks
+        first.sample(function, first.outputs())
     return function
 
 
@@ -197,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         states = {state: parse(state) for state in args.states}
     except ValueError as error:
         parser().error(str(error))
-    built = {tree: objects_of(tree) for tree in {tree: None for tree, _ in states.values()}}
+    trees = dict.fromkeys(tree for tree, _ in states.values())
+    built = {tree: objects_of(tree) for tree in trees}
     functions = {
         state: load(tree, built[tree], settings) for state, (tree, settings) in states.items()
     }

@@ -617,6 +617,20 @@ def test_variants_run_the_pass_that_they_are_asked_for(cpu_function, monkeypatch
                 assert torch.equal(dx, torch.ops.batchrenorm.backward(dy, x, one, stats)[0])
 
 
+def test_a_variant_finds_its_settings_and_leaves_the_users(cpu_objects, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        variants.Comparison,
+        "sample",
+        lambda *_: seen.append(variants.os.environ["BATCHRENORM_CPU_TRAITS"]),
+    )
+    monkeypatch.setenv("BATCHRENORM_CPU_TRAITS", "other")
+    for settings in ("zen5", None, "intel"):
+        variants.load(ROOT, cpu_objects, settings)
+    assert seen == ["zen5", "other", "intel"]
+    assert variants.os.environ["BATCHRENORM_CPU_TRAITS"] == "other"
+
+
 def test_variants_compare_states(cpu_objects, monkeypatch, capsys):
     monkeypatch.setattr(variants, "objects_of", lambda tree: cpu_objects)
     names = [str(ROOT), *(f"{ROOT}:{name}" for name in _C.cpu_info()["known_settings"])]
@@ -640,7 +654,8 @@ def test_variants_compare_states(cpu_objects, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("state", "complaint"),
     [
-        ("no-such-thing", "a directory or a revision of git, got 'no-such-thing'"),
+        ("no-such-thing", "a checkout or a revision of git, got 'no-such-thing'"),
+        ("docs", "a checkout or a revision of git, got 'docs'"),
         (".:z80", "settings must be one of .*, got 'z80'"),
     ],
 )

@@ -150,6 +150,7 @@ def test_the_normalisation_alone_gives_the_same_bits(case, dtype):
         pytest.param((9, 8100, 11, 11), id="planes of a few lines"),
         pytest.param((9, 21000, 7, 7), id="planes little longer than a line"),
         pytest.param((9, 115000, 3, 3), id="planes shorter than a line"),
+        pytest.param((9, 16, 241, 243), id="parts that begin with the last few of a plane"),
         pytest.param((9, 37, 160, 168), id="rows that begin anywhere"),
         pytest.param((9, 3, 640, 512), id="rows narrower than a vector"),
     ],

@@ -1,4 +1,4 @@
-// The writing sweeps of kChannelsFirst.
+// The writing sweeps of kChannelsFirst through the caches; those past them are in streams.h.
 #pragma once
 
 #include "accumulate.h"
