@@ -7,6 +7,7 @@ wrong. Sizes are chosen by how csrc/cpu cuts them.
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 
@@ -354,6 +355,21 @@ def test_every_instruction_set_passes(capability):
         text=True,
     )
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.skipif(not X86, reason="there is one instruction set")
+def test_no_instruction_set_defines_a_function_that_all_share(tmp_path):
+    """The linker takes one copy of an inline function for every file: were it the one with AVX-512,
+    processors without would stop at it. Without optimisation, since inlining hides them."""
+    sources = os.path.join(os.path.dirname(__file__), "..", "csrc", "cpu")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = ["-std=c++17", "-O0", "-c", f"{sources}/isa_avx512.cpp", "-o", f"{tmp_path}/isa.o"]
+    subprocess.run([*compiler, *flags], check=True)
+    command = ["nm", "-C", "--defined-only", f"{tmp_path}/isa.o"]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [line.split(" ", 2)[1:] for line in symbols.splitlines()]
+    ours = [name for kind, name in found if "brn::" in name and kind not in "trdb"]
+    assert ours == ["brn::cpu::isa_avx512()"]
 
 
 def bits() -> str:

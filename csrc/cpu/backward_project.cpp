@@ -2,6 +2,7 @@
 #include "../core/ranks.h"
 #include "channel.h"
 #include "elementwise.h"
+#include "launch.h"
 #include "pages.h"
 
 namespace brn::cpu {

@@ -1,4 +1,5 @@
 // The reductions of one rank's backward pass, and its dweight and dbias: reads dy and x once.
+#include "channel.h"
 #include "reductions.h"
 #include "slabs.h"
 
@@ -17,8 +18,9 @@ struct RankSums : SumsReduction<T> {
     const std::int64_t channels = this->problem.channels;
     for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
       const std::int64_t c = slab.channel + w;
-      const StatsChunk<Real> stats = this->stats_of(c, n);
-      const SumsChunk<Real> sums = this->sums_of(total, facts, w, n);
+      const auto stats = StatsChunk<Real>::load(this->stats_from(slab.channel), w, n);
+      const auto sums =
+          SumsChunk<Real>::load(Reduction::rows_of(total), facts[Reduction::kResidue], w, n);
       for (std::int64_t k = 0; k < n; ++k) {
         const ExactSums exact = sums.exact(k);
         params.sums[c + k] = exact.g;

@@ -1,14 +1,15 @@
-// Values of neighbouring channels, behind the untyped pointers of launch.h: copies, which cannot
-// alias, so that the compiler makes vectors of the loops over them.
+// Values of neighbouring channels: copies, which cannot alias, so that the compiler makes vectors
+// of the loops over them. In an unnamed namespace, since each instruction set has its own copy.
 #pragma once
 
 #include "../core/math.h"
+#include "isa.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace brn::cpu {
+namespace {
 
 constexpr std::int64_t kChunk = 32;
 
@@ -26,7 +27,7 @@ struct Chunk {
     if (from != nullptr) {
       copy(from, count, chunk.values);
     } else {
-      std::fill_n(chunk.values, count, otherwise);
+      for (std::int64_t k = 0; k < count; ++k) chunk.values[k] = otherwise;
     }
     return chunk;
   }
@@ -53,20 +54,18 @@ struct Chunk {
   }
 };
 
-// Where the values of channel c lie; null stays null.
+// Of a row that may be null.
 template <typename Real>
-const Real* at(const void* values, std::int64_t c) {
-  return values != nullptr ? static_cast<const Real*>(values) + c : nullptr;
-}
-template <typename Real>
-Real* at(void* values, std::int64_t c) {
-  return values != nullptr ? static_cast<Real*>(values) + c : nullptr;
+const Real* from(const Real* row, std::int64_t w) {
+  return row != nullptr ? row + w : nullptr;
 }
 
 // Calls f(first, count) for the chunks of [0, width).
 template <typename F>
 void for_each_chunk(std::int64_t width, F f) {
-  for (std::int64_t w = 0; w < width; w += kChunk) f(w, std::min(kChunk, width - w));
+  for (std::int64_t w = 0; w < width; w += kChunk) {
+    f(w, width - w < kChunk ? width - w : kChunk);
+  }
 }
 
 // Columns of the [kStatRows][C] tensor.
@@ -99,6 +98,12 @@ struct StatsChunk {
     d.store(to + 4 * channels, count);
   }
 
+  // Of the w-th channel and those after it.
+  static StatsChunk load(const StatRows<Real>& rows, std::int64_t w, std::int64_t count) {
+    return rows.values != nullptr ? load(rows.values + w, rows.channels, count)
+                                  : of_running(rows.running_mean + w, rows.running_std + w, count);
+  }
+
   // The moving statistics in their place: see inference_stats().
   static StatsChunk of_running(const Real* mean, const Real* std, std::int64_t count) {
     const Chunk<Real> means = Chunk<Real>::load(mean, count);
@@ -111,4 +116,38 @@ struct StatsChunk {
   }
 };
 
+// What a channel's sums come to, in twice the precision of Real.
+struct ExactSums {
+  double g;
+  double gx;
+};
+
+template <typename Real>
+struct SumsChunk {
+  Chunk<Real> g, g_error, gx, gx_error;  // gx: around the centre
+  Chunk<Real> residue;                   // of the mean
+
+  static SumsChunk load(const SumRows<Real>& rows, const Real* residue, std::int64_t w,
+                        std::int64_t count) {
+    return {Chunk<Real>::load(rows.g + w, count), Chunk<Real>::load(rows.g_error + w, count),
+            Chunk<Real>::load(rows.gx + w, count), Chunk<Real>::load(rows.gx_error + w, count),
+            Chunk<Real>::load(residue + w, count)};
+  }
+
+  // The error of an infinite sum is NaN.
+  static double exact(Real sum, Real error) {
+    return error == error ? static_cast<double>(sum) + static_cast<double>(error)
+                          : static_cast<double>(sum);
+  }
+  ExactSums exact(std::int64_t k) const {
+    const double sum_g = exact(g[k], g_error[k]);
+    return {sum_g, exact(gx[k], gx_error[k]) - static_cast<double>(residue[k]) * sum_g};
+  }
+  Sums<Real> operator[](std::int64_t k) const {
+    const ExactSums sums = exact(k);
+    return {static_cast<Real>(sums.g), static_cast<Real>(sums.gx)};
+  }
+};
+
+}  // namespace
 }  // namespace brn::cpu

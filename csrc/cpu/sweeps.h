@@ -1,4 +1,5 @@
-// The sweeps, written once for every instruction set, layout and element type, and their table.
+// The sweeps, written once for every instruction set, layout and element type, and the table of
+// them and of what is done once a channel.
 //
 // Nothing with a scalar signature outside the unnamed namespaces is called from here, unless it is
 // always inlined: the linker could take this copy of an inline function, with this file's
@@ -13,6 +14,7 @@
 #include "isa.h"
 #include "lanes.h"
 #include "narrow.h"
+#include "per_channel.h"
 #include "plane_by_plane.h"
 #include "rows.h"
 #include "runs.h"
@@ -178,7 +180,9 @@ constexpr Isa table(const char* name) {
           Entries<float>::sweeps(),
           Entries<double>::sweeps(),
           Entries<Half>::sweeps(),
-          Entries<BFloat16>::sweeps()};
+          Entries<BFloat16>::sweeps(),
+          ChannelEntries<float>::per_channel(),
+          ChannelEntries<double>::per_channel()};
 }
 
 }  // namespace
