@@ -7,6 +7,7 @@ wrong. Sizes are chosen by how csrc/cpu cuts them.
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def ranks_step(t: tensors.Tensors, ranks: int) -> list[torch.Tensor]:
     message = ops.moments(t.x, True)
     limits = (None, None, None, None, 0.1, 1e-5, 1.0, 0.0, False)
     stats, total = ops.merge(message.expand(ranks, -1), t.x.dtype, *limits)
+    stats[3:].uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))  # r, d: 1, 0 hide much
     dy = torch.empty_like(t.x).copy_(t.dy)
     sums, dweight, dbias = ops.backward_sums(dy, t.x, stats)
     dx = ops.backward_project(dy, t.x, t.weight, stats, sums * ranks, total)
@@ -119,7 +121,7 @@ def test_one_rank_computes_what_the_ordinary_operators_compute(case, dtype):
     rounded = 64 * torch.finfo(wanted.dtype).eps ** 2 / wanted[2].double()  # of the residue
     double = torch.finfo(torch.float64).eps
     assert ((found - mean).abs() <= 2 * double * mean.abs() + rounded).all()
-    assert torch.equal(stats[2:], wanted[2:])
+    assert torch.equal(stats[2], wanted[2])
     dy = torch.empty_like(t.x).copy_(t.dy)
     assert all(map(torch.equal, gradients, ops.backward(dy, t.x, t.weight, stats)))
 
@@ -358,18 +360,23 @@ def test_every_instruction_set_passes(capability):
 
 
 @pytest.mark.skipif(not X86, reason="there is one instruction set")
-def test_no_instruction_set_defines_a_function_that_all_share(tmp_path):
+@pytest.mark.skipif(platform.system() != "Linux", reason="knows the symbols of GCC's library")
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="it is the same for all")
+@pytest.mark.parametrize("capability", CAPABILITIES[1:])
+def test_no_instruction_set_defines_a_function_that_all_share(capability, tmp_path):
     """The linker takes one copy of an inline function for every file: were it the one with AVX-512,
     processors without would stop at it. Without optimisation, since inlining hides them."""
-    sources = os.path.join(os.path.dirname(__file__), "..", "csrc", "cpu")
+    source = f"{os.path.dirname(__file__)}/../csrc/cpu/isa_{capability}.cpp"
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = ["-std=c++17", "-O0", "-c", f"{sources}/isa_avx512.cpp", "-o", f"{tmp_path}/isa.o"]
+    flags = ["-std=c++17", "-O0", "-c", source, "-o", f"{tmp_path}/isa.o"]
     subprocess.run([*compiler, *flags], check=True)
-    command = ["nm", "-C", "--defined-only", f"{tmp_path}/isa.o"]
+    command = ["nm", "-Cg", "--defined-only", f"{tmp_path}/isa.o"]
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = [line.split(" ", 2)[1:] for line in symbols.splitlines()]
-    ours = [name for kind, name in found if "brn::" in name and kind not in "trdb"]
-    assert ours == ["brn::cpu::isa_avx512()"]
+    functions = re.findall("^[0-9a-f]+ [TWu] (.+)", symbols, re.MULTILINE)
+    # Of headers that come before the instruction set is chosen.
+    harmless = ("std::initializer_list<", "std::sqrt(float)")
+    found = [name for name in functions if not name.startswith(harmless)]
+    assert found == [f"brn::cpu::isa_{capability}()"]
 
 
 def bits() -> str:

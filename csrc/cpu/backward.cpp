@@ -21,15 +21,8 @@ struct Backward : SumsReduction<T> {
   const BackwardParams& params;
 
   void finish(const Part& slab, const Table<Real>& total, const Table<Real>& facts) const {
-    const std::int64_t c = slab.channel;
-    const GradientRows<Real> rows{this->stats_from(c),
-                                  Reduction::rows_of(total),
-                                  facts[kResidue],
-                                  at<Real>(params.weight, c),
-                                  at<Real>(params.dweight, c),
-                                  at<Real>(params.dbias, c),
-                                  {facts[kMeanG], facts[kSlope], facts[kScale]}};
-    per_channel<Real>().gradients(slab, static_cast<Real>(problem.reduced()), rows);
+    per_channel<Real>().gradients(slab, problem, params, Reduction::rows_of(total), facts[kResidue],
+                                  {facts[kMeanG], facts[kSlope], facts[kScale]});
     for (const Fact row : {kMeanG, kSlope, kScale}) sweeps<T>().arrange(slab, facts[row]);
   }
 

@@ -1,8 +1,5 @@
 // dx of one rank, with the sums of all: reads dy and x once and writes dx, which is the floor.
-#include "../core/ranks.h"
-#include "channel.h"
 #include "elementwise.h"
-#include "launch.h"
 #include "pages.h"
 
 namespace brn::cpu {
@@ -18,21 +15,8 @@ struct Project {
   const BackwardProjectParams& params;
 
   void begin(const Part& slab, const Table<Real>& facts) const {
-    const Real count = static_cast<Real>(params.total[0]);
-    for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
-      const std::int64_t c = slab.channel + w;
-      const auto stats = StatsChunk<Real>::load(at<Real>(params.stats, c), problem.channels, n);
-      const auto weight = Chunk<Real>::load(at<Real>(params.weight, c), n, Real(1));
-      for (std::int64_t k = 0; k < n; ++k) {
-        const Sums<Real> sums{static_cast<Real>(params.sums[c + k]),
-                              static_cast<Real>(params.sums[problem.channels + c + k])};
-        const Projection<Real> p = projection(sums, count, stats[k], weight[k], true);
-        facts[kCentre][w + k] = stats[k].centre;
-        facts[kMeanG][w + k] = p.mean_g;
-        facts[kSlope][w + k] = p.slope;
-        facts[kScale][w + k] = p.scale;
-      }
-    });
+    per_channel<Real>().projection(slab, problem, params, facts[kCentre],
+                                   {facts[kMeanG], facts[kSlope], facts[kScale]});
     for (const Fact row : {kCentre, kMeanG, kSlope, kScale}) sweeps<T>().arrange(slab, facts[row]);
   }
 

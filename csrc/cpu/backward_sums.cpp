@@ -10,23 +10,27 @@ template <typename T>
 struct RankSums : SumsReduction<T> {
   using Real = RealOf<T>;
   using Reduction = SumsReduction<T>;
-  enum Fact { kCentre = Reduction::kCentre, kResidue, kFacts };
+  enum Fact { kCentre = Reduction::kCentre, kResidue, kMeanG, kSlope, kScale, kFacts };
 
   const BackwardSumsParams& params;
 
+  // The projection is left for when the sums of all are known.
   void finish(const Part& slab, const Table<Real>& total, const Table<Real>& facts) const {
-    const std::int64_t channels = this->problem.channels;
+    const SumRows<Real> rows = Reduction::rows_of(total);
+    BackwardParams gradients;
+    gradients.stats = params.stats;
+    gradients.dweight = params.dweight;
+    gradients.dbias = params.dbias;
+    per_channel<Real>().gradients(slab, this->problem, gradients, rows, facts[kResidue],
+                                  {facts[kMeanG], facts[kSlope], facts[kScale]});
+    double* const sum_g = params.sums + slab.channel;
+    double* const sum_gx = sum_g + this->problem.channels;
     for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
-      const std::int64_t c = slab.channel + w;
-      const auto stats = StatsChunk<Real>::load(this->stats_from(slab.channel), w, n);
-      const auto sums =
-          SumsChunk<Real>::load(Reduction::rows_of(total), facts[Reduction::kResidue], w, n);
+      const SumsChunk<Real> sums = SumsChunk<Real>::load(rows, facts[kResidue], w, n);
       for (std::int64_t k = 0; k < n; ++k) {
         const ExactSums exact = sums.exact(k);
-        params.sums[c + k] = exact.g;
-        params.sums[channels + c + k] = exact.gx;
-        at<Real>(params.dweight, c)[k] = weight_gradient(sums[k], stats[k]);
-        at<Real>(params.dbias, c)[k] = sums[k].g;
+        sum_g[w + k] = exact.g;
+        sum_gx[w + k] = exact.gx;
       }
     });
   }

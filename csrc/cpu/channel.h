@@ -54,12 +54,6 @@ struct Chunk {
   }
 };
 
-// Of a row that may be null.
-template <typename Real>
-const Real* from(const Real* row, std::int64_t w) {
-  return row != nullptr ? row + w : nullptr;
-}
-
 // Calls f(first, count) for the chunks of [0, width).
 template <typename F>
 void for_each_chunk(std::int64_t width, F f) {
@@ -98,10 +92,13 @@ struct StatsChunk {
     d.store(to + 4 * channels, count);
   }
 
-  // Of the w-th channel and those after it.
-  static StatsChunk load(const StatRows<Real>& rows, std::int64_t w, std::int64_t count) {
-    return rows.values != nullptr ? load(rows.values + w, rows.channels, count)
-                                  : of_running(rows.running_mean + w, rows.running_std + w, count);
+  // From channel c on, of a pass whose parameters these are: stats null, inference.
+  template <typename Params>
+  static StatsChunk of(const Params& params, std::int64_t channels, std::int64_t c,
+                       std::int64_t count) {
+    return params.stats != nullptr ? load(at<Real>(params.stats, c), channels, count)
+                                   : of_running(at<Real>(params.running_mean, c),
+                                                at<Real>(params.running_std, c), count);
   }
 
   // The moving statistics in their place: see inference_stats().

@@ -38,4 +38,14 @@ void with_element(DType dtype, F f) {
   }
 }
 
+// Where the values of channel c lie, behind the untyped pointers of launch.h; null stays null.
+template <typename Real>
+BRN_HD const Real* at(const void* values, std::int64_t c) {
+  return values != nullptr ? static_cast<const Real*>(values) + c : nullptr;
+}
+template <typename Real>
+BRN_HD Real* at(void* values, std::int64_t c) {
+  return values != nullptr ? static_cast<Real*>(values) + c : nullptr;
+}
+
 }  // namespace brn::cpu

@@ -23,28 +23,13 @@ struct Forward : MomentsReduction<T> {
   enum Fact { kPivot = Reduction::kPivot, kCentre, kScale, kShift, kFacts };
 
   const ForwardParams& params;
-  const Limits<Real> limits;
-  const Real momentum;
-  Real* const moved_mean;  // [C] the moving averages after this batch; null: there are none
-  Real* const moved_std;
+  const Step<Real> step;
   std::atomic<bool>& finite;
 
   void finish(const Part& slab, const Table<Real>& total, const Table<Real>& facts) const {
-    const std::int64_t c = slab.channel;
-    const StepConstants<Real> constants{static_cast<Real>(problem.reduced()),
-                                        static_cast<Real>(params.epsilon), momentum, limits};
-    const StepRows<Real> rows{facts[kPivot],
-                              Reduction::rows_of(total),
-                              at<Real>(params.weight, c),
-                              at<Real>(params.bias, c),
-                              at<Real>(params.running_mean, c),
-                              at<Real>(params.running_std, c),
-                              at<Real>(params.stats, c),
-                              problem.channels,
-                              {facts[kCentre], facts[kScale], facts[kShift]},
-                              at<Real>(moved_mean, c),
-                              at<Real>(moved_std, c)};
-    if (!per_channel<Real>().step(slab, constants, rows)) {
+    if (!per_channel<Real>().step(slab, problem, params, step, facts[kPivot],
+                                  Reduction::rows_of(total),
+                                  {facts[kCentre], facts[kScale], facts[kShift]})) {
       finite.store(false, std::memory_order_relaxed);
     }
     for (const Fact row : {kCentre, kScale, kShift}) sweeps<T>().arrange(slab, facts[row]);
@@ -74,13 +59,12 @@ void forward_of(const Problem& p, const ForwardParams& params, const Parallel& p
   std::atomic<bool> finite{true};
   prefer_huge_pages(params.y, p.elements() * size_of(p.dtype));
   run(cut(p, 1), parallel,
-      Forward<T>{{p, static_cast<const T*>(params.x)},
-                 params,
-                 limits_of<Real>(params, step),
-                 averaging_weight<Real>(params.momentum, step),
-                 wait ? waiting.data() : running_mean,
-                 wait ? waiting.data() + channels : running_std,
-                 finite});
+      Forward<T>{
+          {p, static_cast<const T*>(params.x)},
+          params,
+          {limits_of<Real>(params, step), averaging_weight<Real>(params.momentum, step),
+           wait ? waiting.data() : running_mean, wait ? waiting.data() + channels : running_std},
+          finite});
 
   if (params.skip_nonfinite && !finite) return;
   if (wait) {

@@ -1,6 +1,5 @@
 // The normalisation alone, with statistics at hand: reads x once and writes y, which is the floor.
 #include "elementwise.h"
-#include "launch.h"
 #include "pages.h"
 
 namespace brn::cpu {
@@ -16,10 +15,7 @@ struct Inference {
   const InferenceParams& params;
 
   void begin(const Part& slab, const Table<Real>& facts) const {
-    const std::int64_t c = slab.channel;
-    const StatRows<Real> stats{at<Real>(params.stats, c), problem.channels,
-                               at<Real>(params.running_mean, c), at<Real>(params.running_std, c)};
-    per_channel<Real>().affine(slab, stats, at<Real>(params.weight, c), at<Real>(params.bias, c),
+    per_channel<Real>().affine(slab, problem, params,
                                {facts[kCentre], facts[kScale], facts[kShift]});
     for (const Fact row : {kCentre, kScale, kShift}) sweeps<T>().arrange(slab, facts[row]);
   }

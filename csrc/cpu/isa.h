@@ -2,12 +2,14 @@
 // what is done once a channel between them.
 //
 // isa_baseline.cpp, isa_avx2.cpp and isa_avx512.cpp each compile sweeps.h for their instructions
-// and return a table of it. Everything else (cutting, threads, the passes of several ranks) is
-// compiled once, for the baseline.
+// and return a table of it. Everything else is compiled once, for the baseline: cutting, threads,
+// and merging what several ranks send (merge.cpp), which so gives the same bits in every process,
+// whatever processors they run on.
 #pragma once
 
 #include "../core/math.h"
 #include "../core/types.h"
+#include "../kernels/launch.h"
 #include "element.h"
 
 #include <cstdint>
@@ -85,65 +87,33 @@ struct MomentRows {
   Real* m2;
 };
 
-// The statistics of a training step, kStatRows rows that are `channels` apart; or, if `values` is
-// null, of inference: the moving ones.
+// What a training step has beside its parameters.
 template <typename Real>
-struct StatRows {
-  const Real* values;
-  std::int64_t channels;
-  const Real* running_mean;
-  const Real* running_std;
-};
-
-// What Algorithm 1 takes and leaves of a slab's channels.
-template <typename Real>
-struct StepRows {
-  const Real* pivot;
-  MomentRows<Real> moments;
-  const Real* weight;        // null: 1
-  const Real* bias;          // null: 0
-  const Real* running_mean;  // null, as running_std: 0 and 1, which cancel out if r = 1 and d = 0
-  const Real* running_std;
-  Real* stats;            // kStatRows rows,
-  std::int64_t channels;  // so far apart
-  Affine<Real*> affine;
-  Real* moved_mean;  // null: not wanted
+struct Step {
+  Limits<Real> limits;
+  Real momentum;
+  Real* moved_mean;  // [C] the moving averages after this batch; null: there are none
   Real* moved_std;
 };
-template <typename Real>
-struct StepConstants {
-  Real count;
-  Real epsilon;
-  Real momentum;
-  Limits<Real> limits;
-};
 
-// What the backward pass takes and leaves of a slab's channels.
-template <typename Real>
-struct GradientRows {
-  StatRows<Real> stats;
-  SumRows<Real> sums;   // gx: around the centre
-  const Real* residue;  // of the mean
-  const Real* weight;   // null: 1
-  Real* dweight;
-  Real* dbias;
-  Projection<Real*> projection;
-};
-
-// Once a channel of a slab. As compiled for the baseline, with AVX-512 to be had, forward and
-// backward of (1, 2048, 7, 7) took 1.15 and 1.08 times as long in float32, 1.08 and 1.05 in
-// bfloat16, and in kChannelsLast 1.13, 1.07, 1.24 and 1.15 (Emerald Rapids, one thread).
+// What is done once a channel of a slab, on rows that begin with the slab's first channel. As
+// compiled for the baseline, with AVX-512 to be had, forward and backward of (1, 2048, 7, 7) took
+// 1.15 and 1.08 times as long in float32, 1.08 and 1.05 in bfloat16, and in kChannelsLast 1.13,
+// 1.07, 1.24 and 1.15 (Emerald Rapids, one thread).
 template <typename Real>
 struct PerChannel {
-  // Those of one more part into those of the parts before it.
+  // Moments and sums of one more part into those of the parts before it.
   void (*merge_moments)(const Part& more, const MomentRows<Real>&, const MomentRows<Real>& total);
   void (*merge_sums)(const Part& more, const SumRows<Real>&, const SumRows<Real>& total);
-  // False if there are moments that are inf or NaN.
-  bool (*step)(const Part& slab, const StepConstants<Real>&, const StepRows<Real>&);
-  void (*gradients)(const Part& slab, Real count, const GradientRows<Real>&);
-  // weight and bias may be null: 1 and 0.
-  void (*affine)(const Part& slab, const StatRows<Real>&, const Real* weight, const Real* bias,
-                 const Affine<Real*>&);
+  // Algorithm 1. False if a channel's moments are inf or NaN.
+  bool (*step)(const Part& slab, const Problem&, const ForwardParams&, const Step<Real>&,
+               const Real* pivot, const MomentRows<Real>&, const Affine<Real*>&);
+  void (*affine)(const Part& slab, const Problem&, const InferenceParams&, const Affine<Real*>&);
+  // Sums of dy * (x - centre); `residue` of the mean.
+  void (*gradients)(const Part& slab, const Problem&, const BackwardParams&, const SumRows<Real>&,
+                    const Real* residue, const Projection<Real*>&);
+  void (*projection)(const Part& slab, const Problem&, const BackwardProjectParams&, Real* centre,
+                     const Projection<Real*>&);
 };
 
 struct Isa {

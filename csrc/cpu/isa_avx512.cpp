@@ -1,9 +1,12 @@
 // The sweeps for x86-64 with AVX-512.
 #if defined(__x86_64__)
 // The standard library first: its functions are shared with files compiled for less.
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__clang__)
 #pragma clang attribute push( \

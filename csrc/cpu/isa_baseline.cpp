@@ -1,7 +1,10 @@
 // The sweeps for any processor of this architecture.
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #define BRN_VECTOR_BYTES 16
 #include "sweeps.h"

@@ -18,16 +18,6 @@ struct Parallel {
               void* context) = nullptr;
 };
 
-// Where the values of channel c lie; null stays null.
-template <typename Real>
-const Real* at(const void* values, std::int64_t c) {
-  return values != nullptr ? static_cast<const Real*>(values) + c : nullptr;
-}
-template <typename Real>
-Real* at(void* values, std::int64_t c) {
-  return values != nullptr ? static_cast<Real*>(values) + c : nullptr;
-}
-
 // Results do not depend on the number of threads.
 void forward(const Problem&, const ForwardParams&, const Parallel&);
 void backward(const Problem&, const BackwardParams&, const Parallel&);

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 namespace brn::cpu {
+namespace {
 
 template <typename T>
 struct MomentsReduction {
@@ -61,18 +62,13 @@ struct SumsReduction {
   const void* running_mean;
   const void* running_std;
 
-  // From channel c on.
-  StatRows<Real> stats_from(std::int64_t c) const {
-    return {at<Real>(stats, c), problem.channels, at<Real>(running_mean, c),
-            at<Real>(running_std, c)};
-  }
   static SumRows<Real> rows_of(const Table<Real>& sums) {
     return {sums[kG], sums[kGError], sums[kGx], sums[kGxError]};
   }
 
   void begin(const Part& slab, const Table<Real>& facts) const {
     for_each_chunk(slab.width, [&](std::int64_t w, std::int64_t n) {
-      const auto s = StatsChunk<Real>::load(stats_from(slab.channel), w, n);
+      const auto s = StatsChunk<Real>::of(*this, problem.channels, slab.channel + w, n);
       s.centre.store(facts[kCentre] + w, n);
       s.residue.store(facts[kResidue] + w, n);
     });
@@ -88,4 +84,5 @@ struct SumsReduction {
   }
 };
 
+}  // namespace
 }  // namespace brn::cpu
