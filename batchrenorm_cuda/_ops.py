@@ -108,6 +108,7 @@ def _(
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         raise RuntimeError(NOT_IN_TRAINING.format("torch.onnx.export"))
     if running_mean is not None:
+        checkpoint.save_when_traced()
         checkpoint.check_traced(
             forward,
             x,

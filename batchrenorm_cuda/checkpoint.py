@@ -31,6 +31,8 @@ the first run of a reentrant region: its repetition takes the statistics of its 
 Where torch.compile sees the checkpoint itself, compiled around it, torch decides what is
 recomputed, and does not see that the statistics have moved in between. Checkpointing must then save
 the forward operator, by a policy, checkpoint_context_fn; tracing raises an error where it does not.
+Nor does torch see it where it chooses by itself what to recompute (activation_memory_budget,
+aggressive_recomputation): what takes a step is marked to be saved.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch._guards import TracingContext
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx import traceback
 from torch.utils import checkpoint
 
 from . import _C
@@ -197,6 +201,23 @@ def check_traced(op: Any, *args: Any) -> None:
             "checkpoint(..., use_reentrant=False, "
             "context_fn=batchrenorm_cuda.checkpoint_context_fn)"
         )
+
+
+def save_when_traced() -> None:
+    """Called while torch.compile traces an operator that takes a training step on statistics,
+    before the node of its graph is made. Without this a backward pass that saves memory by
+    activation_memory_budget or aggressive_recomputation takes the step again, from statistics that
+    have moved."""
+    if TracingContext.try_get() is None or not traceback.has_preserved_node_meta():
+        return
+    meta = traceback.current_meta
+    budget = meta.get("memory_budget", functorch_config.activation_memory_budget)
+    if budget == 0:
+        raise RuntimeError(
+            "activation_memory_budget=0 has torch.compile repeat the forward of a BatchRenorm "
+            "layer from statistics that have moved. Take a budget above 0: layers are saved then"
+        )
+    meta["recompute"] = checkpoint.CheckpointPolicy.MUST_SAVE
 
 
 def checkpoint_context_fn(

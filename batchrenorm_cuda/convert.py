@@ -261,7 +261,8 @@ def _require_model(model: Any) -> None:
 def _is_norm(module: nn.Module) -> bool:
     """A BatchNorm, or the copy of one that torchvision, detectron2, transformers and many models
     freeze it into: a module of another class, all of whose state are buffers."""
-    frozen = {"weight", "bias", "running_mean", "running_var"} <= module._buffers.keys()
+    buffers = set(module._buffers.keys())  # a list of them, of a ScriptModule
+    frozen = {"weight", "bias", "running_mean", "running_var"} <= buffers
     return isinstance(module, _BatchNorm) or (frozen and "FrozenBatchNorm" in type(module).__name__)
 
 

@@ -123,8 +123,9 @@ def _recalled(running_mean: Tensor, training: bool) -> Tensor | None:
     if training:
         if any(checkpoint.is_of_torch(region) for region, _ in again):
             raise RuntimeError(
-                "activation checkpointing repeats the forward of a compiled BatchRenorm layer, and "
-                "there is no record of what it did the first time. Statistics have moved since, "
+                "activation checkpointing repeats the forward of a BatchRenorm layer that is "
+                "compiled, or under forward-mode AD or torch.func, and there is no record of what "
+                "it did the first time. Statistics have moved since, "
                 f"or the mode has changed: gradients would be wrong. {_AROUND}"
             )
         checkpoint.warn_of_new_step()

@@ -424,3 +424,47 @@ def test_graphed_callables_step_on_as_eager_does():
     want = steps_of(twin, twin, shape, "cuda", steps=10)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     assert graphed.num_batches_tracked.item() == 10
+
+
+def step_under(option: str, value: object, backend: str) -> dict[str, torch.Tensor]:
+    """Relative errors of gradients of two compiled steps, with limits that are not shut."""
+    wide = RenormSchedule.constant(2.0, 1.0)
+    norms = [BatchRenorm2d(8, momentum=0.3, schedule=wide) for _ in range(2)]
+    convs = [nn.Conv2d(channels, 8, 3, bias=False) for channels in (3, 8)]
+    model = nn.Sequential(convs[0], norms[0], nn.ReLU(), convs[1], norms[1])
+    plain = copy.deepcopy(model)
+    with torch._functorch.config.patch(option, value):
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for x in torch.randn(2, 4, 3, 8, 8):
+            dy = torch.randn(4, 8, 4, 4)
+            for call in (compiled, plain):
+                call.zero_grad()
+                call(x).backward(dy)
+    assert norms[0].num_batches_tracked == 2
+    for got, want in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, want)
+    return {
+        name: (mine.grad - its.grad).norm() / its.grad.norm()
+        for (name, mine), its in zip(model.named_parameters(), plain.parameters(), strict=True)
+    }
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("activation_memory_budget", 0.9),
+        ("activation_memory_budget", 0.1),
+        ("aggressive_recomputation", True),
+    ],
+)
+def test_a_backward_pass_that_saves_memory_takes_no_step_again(option, value, backend):
+    """torch's partitioner chooses what the backward pass computes again, and does not see that
+    statistics have moved."""
+    errors = step_under(option, value, backend)
+    assert max(errors.values()) < 1e-4, errors
+
+
+def test_a_backward_pass_that_saves_nothing_is_an_error():
+    with pytest.raises(Exception, match="activation_memory_budget=0 has torch.compile repeat"):
+        step_under("activation_memory_budget", 0.0, "aot_eager_decomp_partition")

@@ -470,6 +470,13 @@ def test_what_is_prepared_for_quantisation_is_left_alone_aloud():
     model(torch.randn(2, 3, 5, 5))
 
 
+def test_what_is_torchscript_is_passed_over():
+    script = torch.jit.script(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    model = convert(nn.Sequential(nn.BatchNorm2d(4), script))
+    assert type(model[0]) is BatchRenorm2d and model[1] is script
+    assert type(fold(model)[0]) is nn.BatchNorm2d
+
+
 def test_doing_it_twice_or_where_there_is_nothing():
     model = convert(network())
     state = everything(model)
