@@ -207,7 +207,8 @@ def save_when_traced() -> None:
     """Called while torch.compile traces an operator that takes a training step on statistics,
     before the node of its graph is made. Without this a backward pass that saves memory by
     activation_memory_budget or aggressive_recomputation takes the step again, from statistics that
-    have moved."""
+    have moved. With a budget, a graph of layers and elementwise operations alone fails in torch's
+    partitioner, with an AssertionError: it would save the layers' outputs in one tuple."""
     if TracingContext.try_get() is None or not traceback.has_preserved_node_meta():
         return
     meta = traceback.current_meta
