@@ -104,7 +104,10 @@ def ranks_step(t: tensors.Tensors, ranks: int) -> list[torch.Tensor]:
     message = ops.moments(t.x, True)
     limits = (None, None, None, None, 0.1, 1e-5, 1.0, 0.0, False)
     stats, total = ops.merge(message.expand(ranks, -1), t.x.dtype, *limits)
-    stats[3:].uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))  # r, d: 1, 0 hide much
+    r, d = stats[3:]
+    assert (r == 1).all() and (d == 0).all()
+    # By 1 and 0 nothing is rounded.
+    stats[3:].uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
     dy = torch.empty_like(t.x).copy_(t.dy)
     sums, dweight, dbias = ops.backward_sums(dy, t.x, stats)
     dx = ops.backward_project(dy, t.x, t.weight, stats, sums * ranks, total)
